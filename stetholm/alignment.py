@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from safetensors.torch import save_model
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from .audio import augment
@@ -117,6 +117,7 @@ def fit(
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=max(1, steps//3), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched,
                             data_collator=collators[0], peft_config=peft_config, callbacks=[Report()])
+    trainer.remove_callback(PrinterCallback)  # `Report` says it in one line
     plain = trainer.get_eval_dataloader  # validation recordings are not augmented
     trainer.get_eval_dataloader = lambda *a, **k: _with_collator(trainer, collators[1], plain, *a, **k)
     trainer.train()

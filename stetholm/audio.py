@@ -159,11 +159,8 @@ def augment(
     mel:torch.Tensor,           # (n, n_mels, frames) dB
     generator:torch.Generator,  # random numbers
 ) -> torch.Tensor:
-    "The augmentations of training, one after the other"
-    mel = tilt(mel, 12., generator)
-    noisy = add_noise(mel, (5., 30.), generator)
-    mel = noisy.where((torch.rand(len(mel), 1, 1, generator=generator) < .5).to(mel.device), mel)
-    return mask_bands(mask_time(mel, (0., .2), generator), (0., .2), generator)
+    "The augmentations of training: a tilt of at most 6 dB, then one mask of at most 15 % in time and one in frequency"
+    return mask_bands(mask_time(tilt(mel, 6., generator), (0., .15), generator), (0., .15), generator)
 
 # %% ../nbs/01_audio.ipynb #01-025
 DEGRADATIONS = ("crop", "mask", "remove", "noise", "silence", "swap")

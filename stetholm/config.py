@@ -53,7 +53,7 @@ class Profile:
     window_s:float = 5.               # seconds the encoder hears at once
     max_windows:int = 3               # windows a recording, spread evenly over its whole length
     # the phantom corpus
-    phantom_patients:int = 18         # synthetic patients, used only when no recordings are given
+    phantom_patients:int = 24         # synthetic patients, used only when no recordings are given
     # instructions
     instructions_per_task:int = 1     # pairs a recording and task
     # encoder and projector
@@ -103,7 +103,7 @@ class Profile:
 PROFILES = {
     "smoke": Profile(),
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=3., alignment_batch=32, alignment_epochs=14,
+        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=26,
         alignment_projector_steps=60, language_model="smollm2-135m-instruct",
         sft_steps=240, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
         preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,

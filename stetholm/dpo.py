@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from .alignment import Collator, Report, load_model, trainer_settings
@@ -139,6 +140,7 @@ def dpo(
         max_length=None, precompute_ref_log_probs=True, disable_dropout=True, conditional_weight=p.dpo_conditional_weight, anchor_weight=p.dpo_anchor_weight, anchor_margin=p.dpo_anchor_margin)
     trainer = MDPOTrainer(model=lm.model, args=MDPOConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows,
         data_collator=PreferenceCollator(lm.processor, features, p.dpo_degradation), peft_config=lora(p, ["projector"]), callbacks=[Report()])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     first = [trainer.train_dataset[i] for i in range(min(len(rows), p.dpo_batch))]
     batch = trainer.data_collator(first)

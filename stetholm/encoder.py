@@ -176,9 +176,10 @@ def pretrain(
     profile:Profile,       # `alignment_*` and front-end fields
     report=print,          # called with a line an epoch
 ) -> pd.DataFrame:         # one row an epoch: losses on train, AUROC on val, seconds
-    "COLA, labels or both on the training recordings; AdamW, one cycle, every recording once an epoch"
-    use_cola, use_labels = "cola" in profile.alignment_objective, "labels" in profile.alignment_objective
-    if not (use_cola or use_labels): raise StethoError(f"profile key 'alignment_objective' wants cola, labels or cola+labels, not {profile.alignment_objective!r}")
+    "COLA, labels, or one after the other on the training recordings; AdamW, one cycle, every recording once an epoch"
+    p = profile
+    cola_epochs = {"cola": p.alignment_epochs, "labels": 0, "cola+labels": -(-p.alignment_epochs//4)}.get(p.alignment_objective)
+    if cola_epochs is None: raise StethoError(f"profile key 'alignment_objective' wants cola, labels or cola+labels, not {p.alignment_objective!r}")
     train, val = table[table.split == "train"], table[(table.split == "val") & table.binary.notna()]
     families = common_families(train); targets = torch.from_numpy(label_matrix(train, families))
     weight = ((targets == 0).sum(0)/(targets == 1).sum(0).clamp(min=1)).clamp(.2, 5)
@@ -191,16 +192,16 @@ def pretrain(
     frames = int(profile.alignment_crop_s*profile.sample_rate/profile.hop)
     generator, ids, log = torch.Generator().manual_seed(profile.seed), train.recording_id.to_numpy(), []
     for epoch in range(profile.alignment_epochs):
-        start, sums = time.perf_counter(), np.zeros(2); encoder.train()
+        start, total = time.perf_counter(), 0.; encoder.train()
         for rows in torch.randperm(len(train), generator=generator)[:steps*batch].view(steps, batch):
             mel = torch.cat([crops(features, ids[rows], frames, generator) for _ in range(2)]).to(device)
             z = encoder(mel); a, b = z.chunk(2); y = targets[rows].to(device)
-            parts = torch.stack([cola_loss(cola(a, b)), label_loss(head(z), torch.cat([y, y]), weight.to(device))])
-            loss = (parts*torch.tensor([use_cola*(.2 if use_labels else 1.), float(use_labels)], device=device)).sum()
-            optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); sums += parts.detach().cpu().numpy()
-        log.append(dict(phase="encoder", step=epoch + 1, cola=sums[0]/steps, labels=sums[1]/steps, seconds=time.perf_counter() - start,
-                        val_auroc=_auroc(val.binary == "abnormal", _scores(encoder, head, features, val, device)) if use_labels else np.nan))
-        report(f"epoch {epoch + 1}/{profile.alignment_epochs}: cola {log[-1]['cola']:.3f}, labels {log[-1]['labels']:.3f}, val AUROC {log[-1]['val_auroc']:.3f}, {log[-1]['seconds']:.0f} s")
+            loss = cola_loss(cola(a, b)) if epoch < cola_epochs else label_loss(head(z), torch.cat([y, y]), weight.to(device))
+            optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); total += loss.item()
+        kind, seconds = ("cola", "labels")[epoch >= cola_epochs], time.perf_counter() - start
+        auroc = _auroc(val.binary == "abnormal", _scores(encoder, head, features, val, device)) if kind == "labels" else np.nan
+        log.append(dict(phase="encoder", step=epoch + 1, **{kind: total/steps}, val_auroc=auroc, seconds=seconds))
+        report(f"epoch {epoch + 1}/{p.alignment_epochs}: {kind} loss {total/steps:.3f}, {f'val AUROC {auroc:.3f}, ' if auroc == auroc else ''}{seconds:.0f} s")
     encoder.eval()
     return pd.DataFrame(log)
 

@@ -93,10 +93,10 @@ def make_phantom(
         meta, events = [], []
         for i in range(patients):
             rng = np.random.default_rng([seed, i])
-            ood, domain, ill = i % 5 == 4, ("heart", "lung")[i % 2], rng.random() < .55
+            ood, domain, ill = i % 5 == 4, ("heart", "lung")[i % 2], i // 2 % 3 != 2
             source = "phantom_ood" if ood else "phantom"
             findings = [] if not ill else ["murmur"] if domain == "heart" else [["wheeze"], ["crackle"], ["wheeze", "crackle"]][rng.integers(3)]
-            split = "test" if ood else ("train", "train", "train", "val", "test")[i // 2 % 5]
+            split = "test" if ood else ("train", "train", "val", "test")[i // 2 % 4]
             diagnosis = {"murmur": "Aortic stenosis", "wheeze": "Asthma", "crackle": "Pneumonia"}[findings[0]] if findings else "Normal"
             sites = ("aortic valve area", "mitral valve area") if domain == "heart" else ("left posterior", "right posterior")
             age, sex = int(rng.integers(2, 85)), ("Female", "Male")[rng.integers(2)]

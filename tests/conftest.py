@@ -1,0 +1,85 @@
+"What the tests share: the command line as a user runs it, one finished smoke run, and the recordings"
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from stetholm.pipeline import ENVIRONMENT
+
+REPO = Path(__file__).resolve().parent.parent
+COMMAND = Path(sys.executable).with_name("stetholm")
+
+os.environ |= ENVIRONMENT
+
+
+def pytest_configure():
+    if not COMMAND.exists(): raise pytest.UsageError(f"no command {COMMAND}: install the package first (make install)")
+
+
+class Shell:
+    "The `stetholm` command, with its own runs folder and working directory"
+    def __init__(self,
+        folder:Path):  # holds both
+        self.runs, self.cwd = folder/"runs", folder
+        self.environment = {**os.environ, "STETHOLM_RUNS": str(self.runs)}
+
+    def __call__(self,
+        *words,  # of the command line
+        **more   # arguments of `subprocess.run`
+    ) -> subprocess.CompletedProcess:
+        "The finished command, output and errors as text"
+        return subprocess.run(**self.how(words) | dict(capture_output=True) | more)
+
+    def start(self,
+        *words,  # of the command line
+    ) -> subprocess.Popen:
+        "The running command in a process group of its own; errors go with the output"
+        return subprocess.Popen(**self.how(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def how(self, words): return dict(args=[str(COMMAND), *map(str, words)], cwd=self.cwd, env=self.environment, text=True)
+
+
+@pytest.fixture
+def stetholm(tmp_path):
+    "The command in an empty folder"
+    return Shell(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def stetholm_in(tmp_path_factory):
+    "The command in an empty folder of that name, for fixtures that outlive a test"
+    return lambda name: Shell(tmp_path_factory.mktemp(name))
+
+
+class Finished(NamedTuple):
+    "A run that was made once for all tests; they read it and leave it as it is"
+    runs: Path                            # the runs folder
+    folder: Path                          # the run's own
+    process: subprocess.CompletedProcess  # what made it
+    seconds: float                        # how long that took
+
+
+@pytest.fixture(scope="session")
+def smoke_run(stetholm_in):
+    "The phantom at the smoke profile, every stage"
+    shell = stetholm_in("smoke")
+    begun = time.perf_counter()
+    done = shell("reproduce", "--profile", "smoke")
+    seconds = time.perf_counter() - begun
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(shell.runs, shell.runs/"smoke-phantom", done, seconds)
+
+
+@pytest.fixture(scope="session")
+def recordings():
+    "The stetho-mini pack"
+    folder = Path(os.environ.get("STETHOLM_RECORDINGS") or REPO.parent/"shared/stetho-mini")
+    if not (folder/"metadata.csv").is_file():
+        missing = f"no recordings at {folder}: set STETHOLM_RECORDINGS to the folder of the stetho-mini pack"
+        if os.environ.get("CI"): pytest.fail(missing)
+        pytest.skip(missing)
+    return folder

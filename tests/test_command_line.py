@@ -1,0 +1,302 @@
+"Every command as a user meets it: what it prints, what it leaves, and how it fails"
+import json
+import resource
+import shlex
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from stetholm.config import STAGES
+from stetholm.phantom import make_phantom
+
+STEREO, LONG = "stereo.wav", "long.wav"
+
+
+@pytest.fixture
+def clips(stetholm):
+    "A second of 44.1 kHz stereo and 40 seconds of 8 kHz, in the command's folder"
+    rng = np.random.default_rng(0)
+    soundfile.write(stetholm.cwd/STEREO, .1*rng.standard_normal((44_100, 2)), 44_100)
+    soundfile.write(stetholm.cwd/LONG, .1*rng.standard_normal(320_000), 8_000)
+    return stetholm
+
+
+@pytest.fixture
+def pack(tmp_path):
+    "A folder of recordings in the layout of stetho-mini"
+    return make_phantom(tmp_path/"pack", 10, 0)
+
+
+def refused(done, code, *words):
+    "A failure told in one line: its exit code and what the line must name"
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(str(w) in lines[0] for w in words), done.stderr
+
+
+# help
+
+def test_help_names_every_command_within_half_a_second(stetholm):
+    def timed():
+        begun = time.perf_counter(); done = stetholm("--help")
+        return time.perf_counter() - begun, done
+    tries = [timed() for _ in range(3)]
+    said = " ".join(tries[0][1].stdout.split())
+    assert [word for word in ("reproduce", "stages", "ask", "data", "synthesize", "evaluate", "score", "publish", "Not for clinical use") if word not in said] == []
+    assert min(seconds for seconds, _ in tries) < .5
+
+
+@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data audit", "synthesize", "evaluate", "score", "publish"])
+def test_every_command_has_help(stetholm, command):
+    done = stetholm(*command.split(), "--help")
+    assert done.returncode == 0 and f"stetholm {command}" in done.stdout and not done.stderr
+
+
+def test_stages_lists_every_stage_in_order(stetholm):
+    done = stetholm("stages")
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and [line.split()[0] for line in said if not line.startswith(" ")] == list(STAGES)
+    assert all(s.notebook in done.stdout and ", ".join(s.makes) in done.stdout for s in STAGES.values())
+
+
+def test_data_list_names_every_dataset_with_its_licence(stetholm):
+    done = stetholm("data", "list")
+    assert done.returncode == 0 and "stetho-mini" in done.stdout and "phantom" in done.stdout
+    assert done.stdout.count("licence: ") == len([line for line in done.stdout.splitlines() if not line.startswith(" ")])
+
+
+# wrong use
+
+WRONG = {
+    "profile": ("reproduce --profile huge", "unknown profile 'huge'"),
+    "field": ("reproduce --set speed=9", "unknown profile key 'speed'"),
+    "field's type": ("reproduce --set sft_steps=many", "'sft_steps' wants int, not 'many'"),
+    "no value": ("reproduce --set sft_steps", "key=value"),
+    "first stage": ("reproduce --from train", "unknown stage 'train'"),
+    "last stage": ("reproduce --until train", "unknown stage 'train'"),
+    "stages reversed": ("reproduce --from dpo --until sft", "'dpo' comes after 'sft'"),
+    "stage before": ("reproduce --profile smoke --from sft", "--from audit"),
+    "run name": ("reproduce --profile smoke --run ../elsewhere", "plain folder name"),
+    "recordings": ("reproduce --recordings nowhere", "nowhere"),
+    "dataset": ("data scan mimic .", "unknown dataset 'mimic'"),
+    "empty folder": ("data scan stetho-mini .", "metadata.csv"),
+    "no folder": ("data scan stetho-mini nowhere", "no folder at nowhere"),
+    "no table to audit": ("data audit nowhere.parquet", "nowhere.parquet"),
+    "no table to synthesize": ("synthesize nowhere.parquet", "nowhere.parquet"),
+    "no predictions": ("score nowhere.jsonl", "nowhere.jsonl"),
+    "no run to evaluate": ("evaluate --run nowhere", "nowhere"),
+    "no run to publish": ("publish --run nowhere", "nowhere"),
+    "no trained model": ("ask clip.wav what?", "no trained model"),
+    "no clip": ("ask what?", "one or two audio files"),
+    "three clips": ("ask a.wav b.wav c.wav what?", "not 3"),
+}
+
+@pytest.mark.parametrize("line, match", WRONG.values(), ids=list(WRONG))
+def test_wrong_use_is_refused_in_one_line(stetholm, line, match):
+    refused(stetholm(*line.split()), 2, match)
+
+
+@pytest.mark.parametrize("line, match", [("frobnicate", "No such command 'frobnicate'"), ("reproduce --speed 9", "No such option: --speed"), ("score", "Missing argument")])
+def test_mistyped_command_is_refused_with_its_usage(stetholm, line, match):
+    done = stetholm(*line.split())
+    said = done.stderr.splitlines()
+    assert done.returncode == 2 and said[0].startswith("Usage: stetholm") and match in said[-1] and "Traceback" not in done.stderr
+
+
+def test_refused_command_leaves_no_run(stetholm):
+    for line in ("--set sft_steps=many", "--from train", "--recordings nowhere", "--profile huge"): stetholm("reproduce", *line.split())
+    assert not stetholm.runs.exists()
+
+
+def test_debug_shows_a_traceback(stetholm):
+    done = stetholm("reproduce", "--profile", "huge", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "unknown profile 'huge'" in done.stderr
+
+
+# recordings
+
+def test_scan_audit_and_synthesize_follow_each_other(stetholm, pack):
+    scanned = stetholm("data", "scan", "phantom", pack)
+    assert scanned.returncode == 0 and scanned.stdout.startswith("20 recordings of 10 patients"), scanned.stderr
+    table = pd.read_parquet(stetholm.cwd/"recordings.parquet")
+    assert len(table) == 20 and set(table.licence) == {"CC0-1.0"}
+
+    audited = stetholm("data", "audit", "recordings.parquet")
+    assert audited.returncode == 0 and json.loads(audited.stdout)["recordings"] == 20, audited.stderr
+    assert stetholm("data", "audit", "recordings.parquet", "-o", "card").stdout.startswith("clean: 20 recordings")
+    assert json.loads((stetholm.cwd/"card/data_card.json").read_text()) == json.loads(audited.stdout)
+
+    made = stetholm("synthesize", "recordings.parquet", "--per-task", "2", "-o", "bench.parquet")
+    pairs = pd.read_parquet(stetholm.cwd/"bench.parquet")
+    assert made.returncode == 0 and made.stdout.startswith(f"{len(pairs)} pairs over 7 tasks from 20 recordings"), made.stderr
+    assert pairs.groupby(["task", pairs.recording_ids.str[0]]).size().eq(2).all() and pairs.pair_id.is_unique
+
+
+def test_audit_refuses_a_patient_in_two_splits(stetholm, pack):
+    assert stetholm("data", "scan", "phantom", pack).returncode == 0
+    table = pd.read_parquet(stetholm.cwd/"recordings.parquet")
+    table.loc[table.index[table.split == "train"][0], "split"] = "val"
+    table.to_parquet(stetholm.cwd/"recordings.parquet")
+    patient = table.patient_id[table.split == "val"].iloc[0]
+    refused(stetholm("data", "audit", "recordings.parquet"), 2, patient, "train and val")
+
+
+def test_audit_refuses_a_table_that_is_not_one_of_recordings(stetholm):
+    (stetholm.cwd/"text.parquet").write_text("hello")
+    refused(stetholm("data", "audit", "text.parquet"), 2, "text.parquet is not a readable parquet table")
+    pd.DataFrame({"recording_id": ["a"]}).to_parquet(stetholm.cwd/"other.parquet")
+    refused(stetholm("data", "audit", "other.parquet"), 2, "other.parquet", "source")
+
+
+def test_scan_names_the_row_of_a_faulty_file(stetholm, pack):
+    clip = sorted((pack/"audio").iterdir())[3]
+    clip.write_bytes(b"")
+    refused(stetholm("data", "scan", "stetho-mini", pack), 2, clip.name, "metadata.csv row")
+    assert not (stetholm.cwd/"recordings.parquet").exists()
+
+
+# scores
+
+def test_score_repeats_the_scores_of_the_run(stetholm, smoke_run):
+    done = stetholm("score", smoke_run.folder/"predictions.jsonl", "-o", "scores.csv")
+    assert done.returncode == 0, done.stderr
+    key = ["model", "distribution", "task", "dataset"]
+    again, was = (t[t.metric == "clinical accuracy"].set_index(key).sort_index()[["value", "n", "n_patients"]]
+                  for t in (pd.read_csv(stetholm.cwd/"scores.csv"), pd.read_parquet(smoke_run.folder/"scores.parquet")))
+    pd.testing.assert_frame_equal(again, was)
+    for model in ("text_only", "sft", "dpo"):
+        value = was.value[model, "ood", "all", "all"]
+        assert [f"{value:.3f}" in line for line in done.stdout.splitlines() if line.split()[:2] == [model, "ood"] and " all  " in line and "clinical accuracy" in line] == [True]
+
+
+@pytest.fixture
+def predictions(stetholm, smoke_run):
+    "The lines of the run's predictions, and a function that scores other lines"
+    lines = (smoke_run.folder/"predictions.jsonl").read_text().splitlines()
+    def score(changed):
+        (stetholm.cwd/"changed.jsonl").write_text("\n".join(changed) + "\n")
+        return stetholm("score", "changed.jsonl")
+    return [json.loads(line) for line in lines], score
+
+
+def test_score_names_the_broken_line(predictions):
+    rows, score = predictions
+    lines = [json.dumps(r) for r in rows]
+    lines[4] = lines[4][:-20]
+    refused(score(lines), 2, "changed.jsonl line 5 is not valid JSON")
+
+
+def test_score_names_the_missing_column(predictions):
+    rows, score = predictions
+    refused(score([json.dumps({k: v for k, v in r.items() if k != "evidence"}) for r in rows]), 2, "predictions lack evidence")
+
+
+def test_score_refuses_an_unknown_task(predictions):
+    rows, score = predictions
+    refused(score([json.dumps(r | {"task": "prognosis"}) for r in rows]), 2, "prognosis")
+
+
+def test_score_refuses_an_empty_file(predictions):
+    _, score = predictions
+    refused(score([]), 2, "changed.jsonl")
+
+
+# ask
+
+def test_ask_about_one_clip_prints_answer_probability_and_run(clips, smoke_run):
+    done = clips("ask", STEREO, "Is there a wheeze?", "--model", smoke_run.folder/"dpo")
+    assert done.returncode == 0, done.stderr
+    *answer, probability, origin = done.stdout.splitlines()
+    assert "".join(answer).strip() and probability.endswith(STEREO)
+    assert probability.startswith("P(abnormal) ") and 0 <= float(probability.split()[1]) <= 1
+    assert "dpo of run smoke-phantom (profile smoke, trained on phantom)" in origin and "not for clinical use" in origin
+
+
+def test_ask_about_two_clips_gives_a_probability_for_each(clips, smoke_run):
+    done = clips("ask", STEREO, LONG, "Which one is abnormal?", "--model", smoke_run.folder/"dpo")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
+
+
+def test_ask_takes_the_newest_model_by_itself(clips, smoke_run):
+    clips.environment["STETHOLM_RUNS"] = str(smoke_run.runs)
+    done = clips("ask", STEREO, "Is there a wheeze?")
+    assert done.returncode == 0 and "model dpo of run smoke-phantom" in done.stdout, done.stderr
+
+
+BAD_CLIPS = {
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "text": (lambda p: p.write_text("hello"), "is not a readable audio file"),
+    "missing": (lambda p: None, "no audio file at"),
+    "without samples": (lambda p: soundfile.write(p, np.zeros(0), 8_000), "holds no samples"),
+}
+
+@pytest.mark.parametrize("make, match", BAD_CLIPS.values(), ids=list(BAD_CLIPS))
+def test_ask_names_the_clip_it_cannot_read(clips, smoke_run, make, match):
+    make(clips.cwd/"bad.wav")
+    refused(clips("ask", STEREO, "bad.wav", "What is heard?", "--model", smoke_run.folder/"dpo"), 2, "bad.wav", match)
+
+
+def test_ask_refuses_what_is_not_a_question(clips, smoke_run):
+    refused(clips("ask", STEREO, LONG, "--model", smoke_run.folder/"dpo"), 2, "the question is missing")
+    refused(clips("ask", STEREO, " ", "--model", smoke_run.folder/"dpo"), 2, "the question is empty")
+
+
+def test_ask_refuses_a_folder_without_a_model(clips):
+    refused(clips("ask", STEREO, "What is heard?", "--model", "nowhere"), 2, "no model at nowhere")
+
+
+# reproduce
+
+def test_run_of_other_recordings_is_refused(stetholm, smoke_run, pack):
+    stetholm.environment["STETHOLM_RUNS"] = str(smoke_run.runs)
+    before = (smoke_run.folder/"run.json").read_bytes()
+    refused(stetholm("reproduce", "--profile", "smoke", "--run", "smoke-phantom", "--recordings", pack), 2, "smoke-phantom", "other recordings (phantom)")
+    assert (smoke_run.folder/"run.json").read_bytes() == before
+
+
+def told(done, stage):
+    "A stage's failure: what failed, where the notebook is, and the words of the command that goes on"
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    what, notebook, command = done.stderr.splitlines()
+    assert what.startswith(f"error: stage {stage} failed in cell ")
+    start = "go on with: stetholm "
+    assert command.startswith(start)
+    return what, notebook.removeprefix("executed notebook: "), shlex.split(command.removeprefix(start))
+
+
+def test_broken_recording_stops_the_run_and_the_command_told_goes_on(stetholm, pack):
+    clip = sorted((pack/"audio").iterdir())[0]
+    sound = clip.read_bytes()
+    clip.write_text("hello")
+    what, html, command = told(stetholm("reproduce", "--profile", "smoke", "--recordings", pack, "--until", "audit"), "audit")
+    run = stetholm.runs/"smoke-pack"
+    assert f"{clip} is not a readable audio file" in what and f"of {STAGES['audit'].notebook}.ipynb" in what
+    assert html == str(run/f"notebooks/{STAGES['audit'].notebook}.html") and clip.name in (run/f"notebooks/{STAGES['audit'].notebook}.html").read_text()
+    assert not any((run/m).exists() for m in STAGES["audit"].makes) and not [p for p in run.rglob("*") if ".part." in p.name]
+
+    clip.write_bytes(sound)
+    done = stetholm(*command, "--until", "audit")
+    assert done.returncode == 0 and all((run/m).exists() for m in STAGES["audit"].makes), done.stderr
+
+
+def test_folder_without_recordings_stops_the_run(stetholm, tmp_path):
+    (tmp_path/"bare").mkdir()
+    done = stetholm("reproduce", "--profile", "smoke", "--recordings", tmp_path/"bare")
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert f"no recordings in {tmp_path/'bare'}" in done.stderr.splitlines()[0] and not (stetholm.runs/"smoke-bare/recordings.parquet").exists()
+
+
+@pytest.mark.parametrize("most", [8 << 10, 24 << 10], ids=["8 KiB", "24 KiB"])
+def test_run_on_a_full_disk_fails_in_words_and_goes_on_when_there_is_room(stetholm, most):
+    command = ("reproduce", "--profile", "smoke", "--until", "audit")
+    full = stetholm(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
+    run = stetholm.runs/"smoke-phantom"
+    assert full.returncode == 1 and full.stderr.startswith("error: ") and "Traceback" not in full.stderr, full.stdout + full.stderr
+    assert "too large" in full.stderr and not [m for m in STAGES["audit"].makes if (run/m).exists()]
+    done = stetholm(*command)
+    assert done.returncode == 0 and all((run/m).exists() for m in STAGES["audit"].makes), done.stderr

@@ -1,0 +1,150 @@
+"The real recordings: every row and file read as it is, and the first stages run on a part of them"
+import json
+import shutil
+
+import librosa
+import numpy as np
+import pandas as pd
+import pytest
+
+from stetholm.audio import load_audio, log_mel, recording_features
+from stetholm.config import PROFILES, STAGES, file_hash
+from stetholm.instructions import TASKS, is_right
+from stetholm.sources import FINDINGS
+
+SOURCES = {"sprsound", "kauh", "circor", "cinc2016", "hlscmds"}
+
+
+def listing(folder):
+    "Everything in a folder, with sizes and times of change"
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def scanned(stetholm_in, recordings):
+    "The command in a folder where the recordings were scanned, audited and made into pairs"
+    shell, before = stetholm_in("scanned"), listing(recordings)
+    for words in (("data", "scan", "stetho-mini", recordings), ("data", "audit", "recordings.parquet", "-o", "."), ("synthesize", "recordings.parquet")):
+        done = shell(*words)
+        assert done.returncode == 0, done.stderr
+    assert listing(recordings) == before
+    return shell
+
+
+@pytest.fixture(scope="module")
+def meta(recordings):
+    "The pack's own table, as text"
+    return pd.read_csv(recordings/"metadata.csv", dtype=str, keep_default_na=False).set_index("recording_id")
+
+
+@pytest.fixture(scope="module")
+def table(scanned): return pd.read_parquet(scanned.cwd/"recordings.parquet").set_index("recording_id", drop=False)
+
+
+@pytest.fixture(scope="module")
+def pairs(scanned): return pd.read_parquet(scanned.cwd/"stethobench.parquet")
+
+
+def test_scan_keeps_every_recording_of_every_source(table, meta):
+    assert len(table) == 1215 and table.index.tolist() == meta.index.tolist()
+    assert table.source.value_counts().to_dict() == meta.source.value_counts().to_dict() and set(table.source) == SOURCES
+    assert (table.licence == meta.licence).all() and table.licence.ne("").all()
+    assert (table.binary.fillna("") == meta.binary).all() and (table.split == meta.split).all() and (table.distribution == meta.distribution).all()
+    assert np.allclose(table.duration_s, meta.duration_s.astype(float), atol=1e-3) and (table.sample_rate == meta.sample_rate.astype(int)).all()
+
+
+def test_scan_hashes_the_files_that_the_pack_lists(table, recordings):
+    listed = dict(reversed(line.split(maxsplit=1)) for line in (recordings/"SHA256SUMS").read_text().splitlines())
+    listed = {name.strip().removeprefix("./"): digest for name, digest in listed.items()}
+    assert all(listed[path.removeprefix(f"{recordings.resolve()}/")] == sha256 for path, sha256 in zip(table.path, table.sha256))
+
+
+def test_patients_are_in_one_split_and_out_of_distribution_is_only_tested_on(table):
+    assert table.groupby("patient_id").split.nunique().max() == 1
+    assert set(table[table.distribution == "ood"].source) == {"cinc2016", "hlscmds"} and set(table[table.distribution == "ood"].split) == {"test"}
+
+
+@pytest.mark.parametrize("spelt, family", [("wheez", "wheeze"), ("rhonchi", "rhonchi"), ("stridor", "stridor"), ("crackle|crepitation", "crackle"), ("pleural rub", "pleural rub"),
+                                           ("bronchial", "bronchial breathing"), ("murmur present|systolic|diastolic", "murmur"), ("(?:^|;)s3", "third heart sound"),
+                                           ("(?:^|;)s4", "fourth heart sound"), ("fibrillation", "atrial fibrillation"), ("tachycardia", "tachycardia"), ("block", "AV block")])
+def test_findings_are_what_the_labels_spell(table, meta, spelt, family):
+    heard = table.findings.map(lambda terms: family in {FINDINGS[t].family for t in terms})
+    assert heard.sum() and (heard == meta.labels.str.contains(spelt, case=False)).all()
+
+
+def test_every_event_is_kept_and_a_double_one_becomes_two(table, recordings):
+    events = pd.read_csv(recordings/"events.csv")
+    assert len(events) == 36_882
+    kept = table.events.map(len)
+    double = events.label == "Wheeze+Crackle"
+    assert kept.sum() == len(events) + double.sum() and double.any()
+    want = events.assign(n=1 + double).groupby("recording_id").n.sum().reindex(table.index, fill_value=0)
+    assert (kept == want).all()
+
+
+def test_audit_finds_the_recordings_clean(scanned, meta):
+    card = json.loads((scanned.cwd/"data_card.json").read_text())
+    assert card["recordings"] == 1215 and set(card["sources"]) == SOURCES and card["without_verdict"] == (meta.binary == "").sum() == 58
+
+
+def test_pairs_cover_the_tasks_and_every_recording_with_a_verdict(pairs, table):
+    assert set(pairs.task) == set(TASKS) and len(TASKS) == 7
+    assert set(pairs.recording_ids.explode()) == set(table[table.binary.notna()].recording_id)
+
+
+def test_every_answer_reads_back_as_its_labels(pairs, table):
+    assert all(is_right(p.response, p.evidence, p.task) for p in pairs.itertuples())
+    for p in pairs.itertuples():
+        assert [(e["recording_id"], e["binary"]) for e in json.loads(p.evidence)] == [(i, table.binary[i]) for i in p.recording_ids]
+
+
+def test_comparison_has_two_recordings_of_one_split_and_the_others_one(pairs, table):
+    count = pairs.recording_ids.map(len)
+    assert (count == 1 + (pairs.task == "comparison")).all()
+    for first, second in pairs[pairs.task == "comparison"].recording_ids:
+        assert first != second and (table.loc[first, ["split", "source", "domain"]] == table.loc[second, ["split", "source", "domain"]]).all()
+
+
+def test_no_question_names_its_dataset(pairs):
+    names = "|".join(SOURCES) + "|cinc|physionet|hls-cmds|sjtu|stetho"
+    assert not pairs.instruction.str.contains(names, case=False).any()
+
+
+def test_front_end_reads_real_files_and_hears_what_librosa_hears(table):
+    p = PROFILES["mini"]
+    front = log_mel(p)
+    for path in table.path.iloc[::40]:
+        features = recording_features(path, p, front)
+        assert features.shape[1] == p.n_mels and 1 <= len(features) <= p.max_windows and features.isfinite().all()
+        wave = load_audio(path, p.sample_rate)
+        theirs = librosa.power_to_db(librosa.feature.melspectrogram(y=wave, sr=p.sample_rate, n_fft=p.n_fft, hop_length=p.hop, n_mels=p.n_mels, fmin=p.fmin, fmax=p.fmax), amin=1e-10, top_db=None)
+        ours = front(front.hann.new_tensor(wave)).numpy()
+        assert np.abs(ours - theirs)[theirs > -60].max() < 1e-2, path
+
+
+@pytest.fixture(scope="module")
+def part(recordings, meta, tmp_path_factory):
+    "Two training recordings of every source and verdict and one of every other split, in the layout of the whole"
+    folder = tmp_path_factory.mktemp("part")/"stetho-part"
+    rank = meta.groupby(["source", "split", "binary"]).cumcount()
+    chosen = meta[rank < 1 + (meta.split == "train")].reset_index()
+    for name in chosen.file:
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(recordings/name, folder/name)
+    chosen.to_csv(folder/"metadata.csv", index=False)
+    events = pd.read_csv(recordings/"events.csv")
+    events[events.recording_id.isin(chosen.recording_id)].to_csv(folder/"events.csv", index=False)
+    return folder
+
+
+def test_first_stages_run_on_real_recordings_and_say_whose_they_are(stetholm, part):
+    before = listing(part)
+    done = stetholm("reproduce", "--profile", "smoke", "--recordings", part, "--until", "instructions")
+    assert done.returncode == 0, done.stderr
+    lines, run = done.stdout.splitlines(), stetholm.runs/"smoke-stetho-part"
+    assert "recordings of stetho-part" in lines[0] and "recordings of stetho-part" in lines[-1] and "synthetic" not in done.stdout.lower()
+    for name in ("audit", "exploration", "instructions"): assert all((run/m).exists() for m in STAGES[name].makes)
+    table, pairs = pd.read_parquet(run/"recordings.parquet"), pd.read_parquet(run/"stethobench.parquet")
+    assert len(table) == len(pd.read_csv(part/"metadata.csv")) == 36 and set(table.source) == SOURCES and set(pairs.split) == {"train", "val", "test"} and set(pairs.task) == set(TASKS)
+    assert not (run/"phantom").exists() and listing(part) == before
+    assert table.sha256.tolist() == [file_hash(path) for path in table.path]
