@@ -19,10 +19,11 @@ from trl import SFTConfig, SFTTrainer
 from .audio import augment
 from .audit import load_recordings
 from .backbones import assemble, load_backbone
-from .config import Profile, Run, StethoError, device, dtype, stage, write_whole
+from .config import Profile, StethoError, write_whole
 from .encoder import AudioEncoder, Features, make_features, pretrain
 from .instructions import load_pairs
 from .model import StethoLM, StethoLMProcessor
+from .run import Run, device, dtype, stage
 
 # %% ../nbs/09_alignment.ipynb #09-006
 def training_rows(

@@ -8,8 +8,9 @@ __all__ = ['check_recordings', 'data_card', 'audit', 'load_recordings']
 # %% ../nbs/04_audit.ipynb #04-003
 import pandas as pd
 
-from .config import Run, StethoError, stage, write_json
+from .config import StethoError, write_json
 from .phantom import make_phantom
+from .run import Run, stage
 from .sources import RECORDINGS, read_table, scan, write_table
 
 # %% ../nbs/04_audit.ipynb #04-006

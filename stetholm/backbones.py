@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .audio import LogMel
-from .config import PROFILES, Profile, StethoError, dtype, file_hash, read_json, write_json, write_whole
+from .config import PROFILES, Profile, StethoError, file_hash, read_json, write_json, write_whole
 from .encoder import AudioEncoder
 from .model import AUDIO_TOKEN, StethoLM, StethoLMConfig, StethoLMFeatureExtractor, StethoLMForConditionalGeneration, StethoLMProcessor
+from .run import dtype
 
 # %% ../nbs/08a_backbones.ipynb #08-004
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -77,14 +78,15 @@ def hub(
     dtype,     # of the weights
 ) -> tuple:    # (causal language model, tokenizer)
     "A pre-trained text model. Raises `StethoError` saying how to get it if it is not at hand."
-    try: config = AutoConfig.from_pretrained(name)
+    at_hand = dict(local_files_only=os.environ.get("HF_HUB_OFFLINE", "1") != "0")
+    try: config = AutoConfig.from_pretrained(name, **at_hand)
     except OSError as e:
         raise StethoError(f"the weights of {name} are not on this machine ({str(e).splitlines()[0]}): accept its terms at https://huggingface.co/{name}, "
                           f"run `hf auth login`, then run again with HF_HUB_OFFLINE=0", 1) from None
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if config.get_text_config() is config: return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name, **at_hand)
+    if config.get_text_config() is config: return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **at_hand), tokenizer
     from transformers import AutoModelForImageTextToText
-    whole = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    whole = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **at_hand)
     text = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=dtype)
     text.model = whole.model.language_model; text.tie_weights()
     return text, tokenizer

@@ -19,9 +19,10 @@ from trl import DPOConfig, DPOTrainer
 from .alignment import Collator, Report, load_model, trainer_settings
 from .audio import degrade
 from .audit import load_recordings
-from .config import Run, StethoError, stage, write_whole
+from .config import StethoError, write_whole
 from .encoder import Features
 from .model import StethoLM, StethoLMProcessor
+from .run import Run, stage
 from .sft import lora
 
 # %% ../nbs/12_dpo.ipynb #12-006

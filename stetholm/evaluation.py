@@ -18,11 +18,12 @@ from sklearn.metrics import roc_auc_score
 
 from .alignment import load_model
 from .audit import load_recordings
-from .config import Profile, Run, StethoError, hardware, stage, write_json, write_whole
+from .config import Profile, StethoError, write_json, write_whole
 from .encoder import Features, embed, mel_statistics, probe
 from .instructions import TASKS, facts, is_right, load_pairs
 from .model import StethoLM, answer, p_abnormal
 from .preferences import BERTSCORE, bertscore
+from .run import Run, hardware, stage
 
 # %% ../nbs/13_evaluation.ipynb #13-006
 SYSTEMS = {"text_only": "text only (control)", "sft": "SFT", "dpo": "SFT + mDPO"}

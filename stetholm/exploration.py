@@ -9,7 +9,8 @@ __all__ = ['exploration']
 import pandas as pd
 
 from .audit import load_recordings
-from .config import Run, stage, write_whole
+from .config import write_whole
+from .run import Run, stage
 from .sources import FINDINGS
 
 # %% ../nbs/05_exploration.ipynb #05-006

@@ -16,7 +16,8 @@ import pandas as pd
 import pandera.pandas as pa
 
 from .audit import load_recordings
-from .config import Run, StethoError, stage
+from .config import StethoError
+from .run import Run, stage
 from .sources import FINDINGS, read_table, write_table
 
 # %% ../nbs/06_instructions.ipynb #06-006

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from .alignment import load_model
-from .config import Profile, Run, StethoError, device, stage, write_whole
+from .config import Profile, StethoError, write_whole
 from .encoder import Features
 from .instructions import is_right, load_pairs
 from .model import StethoLM, answer
+from .run import Run, device, stage
 
 # %% ../nbs/11_preferences.ipynb #11-006
 BERTSCORE = "BERTScore F1 (MiniLM-L6 layer 5, not rescaled)"

@@ -10,10 +10,11 @@ import pandas as pd
 from peft import LoraConfig
 
 from .alignment import fit, load_model, training_rows
-from .config import Profile, Run, stage, write_whole
+from .config import Profile, write_whole
 from .encoder import Features
 from .instructions import load_pairs
 from .model import StethoLM
+from .run import Run, stage
 
 # %% ../nbs/10_sft.ipynb #10-006
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -149,7 +149,7 @@ def test_audit_refuses_a_table_that_is_not_one_of_recordings(stetholm):
     (stetholm.cwd/"text.parquet").write_text("hello")
     refused(stetholm("data", "audit", "text.parquet"), 2, "text.parquet is not a readable parquet table")
     pd.DataFrame({"recording_id": ["a"]}).to_parquet(stetholm.cwd/"other.parquet")
-    refused(stetholm("data", "audit", "other.parquet"), 2, "other.parquet", "source")
+    refused(stetholm("data", "audit", "other.parquet"), 2, "other.parquet", "no column source")
 
 
 def test_scan_names_the_row_of_a_faulty_file(stetholm, pack):
@@ -163,69 +163,56 @@ def test_scan_names_the_row_of_a_faulty_file(stetholm, pack):
 
 def test_score_repeats_the_scores_of_the_run(stetholm, smoke_run):
     done = stetholm("score", smoke_run.folder/"predictions.jsonl", "-o", "scores.csv")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == ""
     key = ["model", "distribution", "task", "dataset"]
     again, was = (t[t.metric == "clinical accuracy"].set_index(key).sort_index()[["value", "n", "n_patients"]]
                   for t in (pd.read_csv(stetholm.cwd/"scores.csv"), pd.read_parquet(smoke_run.folder/"scores.parquet")))
-    pd.testing.assert_frame_equal(again, was)
+    pd.testing.assert_frame_equal(again, was, check_dtype=False)  # the run's table counts patients as floats: its probes have none
     for model in ("text_only", "sft", "dpo"):
         value = was.value[model, "ood", "all", "all"]
         assert [f"{value:.3f}" in line for line in done.stdout.splitlines() if line.split()[:2] == [model, "ood"] and " all  " in line and "clinical accuracy" in line] == [True]
 
 
-@pytest.fixture
-def predictions(stetholm, smoke_run):
-    "The lines of the run's predictions, and a function that scores other lines"
-    lines = (smoke_run.folder/"predictions.jsonl").read_text().splitlines()
-    def score(changed):
-        (stetholm.cwd/"changed.jsonl").write_text("\n".join(changed) + "\n")
-        return stetholm("score", "changed.jsonl")
-    return [json.loads(line) for line in lines], score
+def test_score_gives_full_marks_to_the_references(stetholm, smoke_run):
+    rows = pd.read_json(smoke_run.folder/"predictions.jsonl", lines=True)
+    rows[rows.model == "dpo"].assign(generated=rows.response).to_json(stetholm.cwd/"right.jsonl", orient="records", lines=True)
+    done = stetholm("score", "right.jsonl", "-o", "scores.csv")
+    assert done.returncode == 0, done.stderr
+    scores = pd.read_csv(stetholm.cwd/"scores.csv")
+    assert scores.value.gt(.999).all() and set(scores.model) == {"dpo"} and set(scores.distribution) == {"in_domain", "ood"}
+    assert set(scores[scores.metric == "clinical accuracy"].value) == {1}
 
 
-def test_score_names_the_broken_line(predictions):
-    rows, score = predictions
-    lines = [json.dumps(r) for r in rows]
-    lines[4] = lines[4][:-20]
-    refused(score(lines), 2, "changed.jsonl line 5 is not valid JSON")
+BAD_PREDICTIONS = {
+    "broken line": (lambda rows: [json.dumps(rows[0]), json.dumps(rows[1])[:-20]], "bad.jsonl line 2 is not valid JSON"),
+    "no column": (lambda rows: [json.dumps({k: v for k, v in r.items() if k != "evidence"}) for r in rows], "predictions lack evidence"),
+    "unknown task": (lambda rows: [json.dumps(r | {"task": "prognosis"}) for r in rows], "prognosis"),
+    "no lines": (lambda rows: [], "bad.jsonl holds no predictions"),
+}
 
-
-def test_score_names_the_missing_column(predictions):
-    rows, score = predictions
-    refused(score([json.dumps({k: v for k, v in r.items() if k != "evidence"}) for r in rows]), 2, "predictions lack evidence")
-
-
-def test_score_refuses_an_unknown_task(predictions):
-    rows, score = predictions
-    refused(score([json.dumps(r | {"task": "prognosis"}) for r in rows]), 2, "prognosis")
-
-
-def test_score_refuses_an_empty_file(predictions):
-    _, score = predictions
-    refused(score([]), 2, "changed.jsonl")
+@pytest.mark.parametrize("change, match", BAD_PREDICTIONS.values(), ids=list(BAD_PREDICTIONS))
+def test_score_says_what_is_wrong_with_predictions(stetholm, smoke_run, change, match):
+    rows = [json.loads(line) for line in (smoke_run.folder/"predictions.jsonl").read_text().splitlines()]
+    (stetholm.cwd/"bad.jsonl").write_text("".join(line + "\n" for line in change(rows)))
+    refused(stetholm("score", "bad.jsonl"), 2, match)
 
 
 # ask
 
 def test_ask_about_one_clip_prints_answer_probability_and_run(clips, smoke_run):
     done = clips("ask", STEREO, "Is there a wheeze?", "--model", smoke_run.folder/"dpo")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == ""
     *answer, probability, origin = done.stdout.splitlines()
     assert "".join(answer).strip() and probability.endswith(STEREO)
     assert probability.startswith("P(abnormal) ") and 0 <= float(probability.split()[1]) <= 1
     assert "dpo of run smoke-phantom (profile smoke, trained on phantom)" in origin and "not for clinical use" in origin
 
 
-def test_ask_about_two_clips_gives_a_probability_for_each(clips, smoke_run):
-    done = clips("ask", STEREO, LONG, "Which one is abnormal?", "--model", smoke_run.folder/"dpo")
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
-
-
-def test_ask_takes_the_newest_model_by_itself(clips, smoke_run):
+def test_ask_about_two_clips_takes_the_newest_model_and_gives_a_probability_for_each(clips, smoke_run):
     clips.environment["STETHOLM_RUNS"] = str(smoke_run.runs)
-    done = clips("ask", STEREO, "Is there a wheeze?")
+    done = clips("ask", STEREO, LONG, "Which one is abnormal?")
     assert done.returncode == 0 and "model dpo of run smoke-phantom" in done.stdout, done.stderr
+    assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
 
 
 BAD_CLIPS = {
@@ -291,12 +278,11 @@ def test_folder_without_recordings_stops_the_run(stetholm, tmp_path):
     assert f"no recordings in {tmp_path/'bare'}" in done.stderr.splitlines()[0] and not (stetholm.runs/"smoke-bare/recordings.parquet").exists()
 
 
-@pytest.mark.parametrize("most", [8 << 10, 24 << 10], ids=["8 KiB", "24 KiB"])
-def test_run_on_a_full_disk_fails_in_words_and_goes_on_when_there_is_room(stetholm, most):
-    command = ("reproduce", "--profile", "smoke", "--until", "audit")
+def test_run_on_a_full_disk_fails_in_one_line_and_goes_on_when_there_is_room(stetholm):
+    command, most = ("reproduce", "--profile", "smoke", "--until", "audit"), 24 << 10
     full = stetholm(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
     run = stetholm.runs/"smoke-phantom"
-    assert full.returncode == 1 and full.stderr.startswith("error: ") and "Traceback" not in full.stderr, full.stdout + full.stderr
-    assert "too large" in full.stderr and not [m for m in STAGES["audit"].makes if (run/m).exists()]
+    refused(full, 1, "File too large")
+    assert not [m for m in STAGES["audit"].makes if (run/m).exists()] and not [p for p in run.rglob("*") if ".part." in p.name]
     done = stetholm(*command)
     assert done.returncode == 0 and all((run/m).exists() for m in STAGES["audit"].makes), done.stderr
