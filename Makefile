@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 
-.PHONY: help install reproduce smoke test test-export test-notebooks test-package lab docs export hooks constraints clean
+.PHONY: help install reproduce smoke test test-export test-notebooks test-package lab docs export outputs hooks constraints clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do printf '  make %-12s %s\n' "$$t" "$$d"; done
@@ -102,6 +102,12 @@ export: $(READY)  ## notebooks -> package and README.md
 	@$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python -m stetholm.docs readme
+
+outputs: $(READY)  ## run every notebook at profile smoke and keep what it shows
+	@for f in nbs/*.ipynb; do
+	  PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --kernel_name=python3 $$f
+	done
+	$(MAKE) export
 
 hooks:  ## let git refuse commits in which notebooks and package disagree
 	@git config core.hooksPath .githooks

@@ -17,13 +17,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .audio import LogMel
-from .config import PROFILES, Profile, StethoError, file_hash, read_json, write_json, write_whole
+from .config import Profile, StethoError, file_hash, read_json, write_json, write_whole
 from .encoder import AudioEncoder
 from .model import AUDIO_TOKEN, StethoLM, StethoLMConfig, StethoLMFeatureExtractor, StethoLMForConditionalGeneration, StethoLMProcessor
-from .run import dtype
 
-# %% ../nbs/08a_backbones.ipynb #08-004
+# %% ../nbs/08a_backbones.ipynb #08-005
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 def tiny(
@@ -37,7 +35,7 @@ def tiny(
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
     return LlamaForCausalLM(config), tokenizer
 
-# %% ../nbs/08a_backbones.ipynb #08-006
+# %% ../nbs/08a_backbones.ipynb #08-007
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -58,7 +56,7 @@ def smollm2_folder() -> Path:
         write_json(tmp/"stetholm.json", {"model.safetensors": file_hash(tmp/"model.safetensors"), "gguf": SMOLLM2_SHA256})
     return folder
 
-# %% ../nbs/08a_backbones.ipynb #08-007
+# %% ../nbs/08a_backbones.ipynb #08-008
 def _convert(gguf, folder):
     "GGUF to a transformers folder; the reader's memory map is replaced by a plain array, which halves the time"
     with mock.patch("numpy.memmap", lambda path, mode="r", **_: np.fromfile(path, dtype=np.uint8)):
@@ -68,7 +66,7 @@ def _convert(gguf, folder):
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
 
-# %% ../nbs/08a_backbones.ipynb #08-009
+# %% ../nbs/08a_backbones.ipynb #08-010
 MEDGEMMA_4B = Gemma3TextConfig(vocab_size=262_208, hidden_size=2560, intermediate_size=10_240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
     sliding_window=1024, query_pre_attn_scalar=256, rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
                                                                      "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}})
@@ -100,7 +98,7 @@ def load_backbone(
     if name == "tiny": return tiny(texts)
     return hub(str(smollm2_folder()) if name == SMOLLM2 else name, dtype)
 
-# %% ../nbs/08a_backbones.ipynb #08-011
+# %% ../nbs/08a_backbones.ipynb #08-012
 def assemble(
     text,                  # causal language model
     tokenizer,             # of that model

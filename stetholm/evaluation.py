@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from sklearn.metrics import roc_auc_score
 
 from .alignment import load_model
 from .audit import load_recordings
 from .config import Profile, StethoError, write_json, write_whole
 from .encoder import Features, embed, mel_statistics, probe
-from .instructions import TASKS, facts, is_right, load_pairs
+from .instructions import ALIASES, TASKS, is_right, load_pairs
 from .model import StethoLM, answer, p_abnormal
 from .preferences import BERTSCORE, bertscore
 from .run import Run, hardware, stage
@@ -122,9 +120,11 @@ def score_predictions(
     resamples:int=2000,        # of the bootstrap
     seed:int=0,                # of the draws
 ) -> pd.DataFrame:             # tidy: model, task, dataset, distribution, metric, value, lo, hi, n, n_patients
-    "Clinical accuracy and BERTScore per task, per source and overall. Raises `StethoError` if a column is missing."
+    "Clinical accuracy and BERTScore per task, per source and overall. Raises `StethoError` if a column is missing or a task unknown."
     need = {"model", "task", "dataset", "distribution", "patient_id", "generated", "response", "evidence"}
     if missing := need - set(predictions.columns): raise StethoError(f"predictions lack {', '.join(sorted(missing))}: give the predictions.jsonl of a run")
+    predictions = predictions.assign(task=predictions.task.replace(ALIASES))
+    if len(unknown := set(predictions.task) - set(TASKS)): raise StethoError(f"unknown task {sorted(unknown)[0]!r} in the predictions: the tasks are {', '.join(TASKS)}")
     p = predictions.assign(**{"clinical accuracy": [float(is_right(g, e, t)) for g, e, t in zip(predictions.generated, predictions.evidence, predictions.task)],
                               BERTSCORE: bertscore(list(predictions.generated), list(predictions.response))})
     rows = []

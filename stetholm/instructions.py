@@ -163,7 +163,7 @@ def respond(
                 "reasoning": f"{_capital(_calm[f.domain])} are clear, with {it}. This is a normal recording.",
                 "differential": f"This recording is normal, with {it}, so the sound points to no disease.",
                 "location": f"{where}{_capital(_calm[f.domain])} are normal here, with {it}."}[task]
-    words, first = [FINDINGS[t] for t in f.findings], FINDINGS[f.findings[0]]
+    words = [FINDINGS[t] for t in f.findings]
     return {"detection": pick(f"{_capital(it)}.", f"There {'is' if it.startswith(('a ', 'an ')) and len(words) == 1 else 'are'} {it}."),
             "reporting": f"{f.domain.capitalize()} auscultation: {it}. Impression: abnormal.",
             "reasoning": " ".join(f"{w.sounds}: {w.said}, from {w.means}." for w in words) + " This is an abnormal recording.",

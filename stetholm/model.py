@@ -8,11 +8,10 @@ __all__ = ['AUDIO_TOKEN', 'SYSTEM', 'StethoLMConfig', 'Projector', 'StethoLMPreT
            'StethoLM']
 
 # %% ../nbs/08_model.ipynb #08-002
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal  # what `PreTrainedConfig` adds to its subclass is annotated with it
 
 import numpy as np
 import torch

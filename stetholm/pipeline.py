@@ -17,8 +17,8 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .config import STAGES, StethoError, get_profile, read_json, stages_between, write_json, write_whole
-from .run import Run, is_current, open_run, package_folder, runs_folder
+from .config import STAGES, StethoError, read_json, stages_between, write_json, write_whole
+from .run import is_current, open_run, package_folder, runs_folder
 
 # %% ../nbs/15_pipeline.ipynb #15-005
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -165,7 +165,7 @@ def ask(
 ):
     "Ask a trained model about one or two recordings"
     *clips, question = words
-    if not clips: raise StethoError(f'ask wants one or two audio files and then a question: stetholm ask clip.wav "Is there a wheeze?"')
+    if not clips: raise StethoError('ask wants one or two audio files and then a question: stetholm ask clip.wav "Is there a wheeze?"')
     if len(clips) > 2: raise StethoError(f"the model was trained on one or two recordings, not {len(clips)}")
     if Path(question).is_file(): raise StethoError(f"the question is missing: the last word {question!r} is a file")
     folder = Path(model) if model else newest_model()

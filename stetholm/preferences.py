@@ -7,7 +7,6 @@ __all__ = ['BERTSCORE', 'bertscore', 'score_answers', 'temperatures', 'sample_ca
 
 # %% ../nbs/11_preferences.ipynb #11-003
 import functools
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
