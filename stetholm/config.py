@@ -92,9 +92,9 @@ class Profile:
 PROFILES = {
     "smoke": Profile(),
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=26,
+        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=24,
         alignment_projector_steps=60, language_model="smollm2-135m-instruct",
-        sft_steps=240, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
+        sft_steps=200, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
         preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
         dpo_steps=30, dpo_batch=4, dpo_lr=5e-5,
         evaluation_questions=480, evaluation_batch=16, evaluation_max_tokens=80, evaluation_bootstrap=2000),

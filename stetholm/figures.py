@@ -16,11 +16,11 @@ import seaborn as sns
 
 from .audio import standardise
 from .audit import load_recordings
-from .config import STAGES, read_json, write_json, write_whole
+from .config import STAGES, write_json, write_whole
 from .encoder import Features
 from .evaluation import SYSTEMS, read_predictions
 from .instructions import TASKS
-from .run import Run, stage
+from .run import Run, run_note, stage
 
 # %% ../nbs/14_figures.ipynb #14-006
 PALETTE = sns.color_palette("colorblind")
@@ -135,7 +135,7 @@ def cost(
     run:Run,  # every stage before this one is done
 ) -> dict:    # minutes and peak_gib over the stages, seconds of each, versions, commit
     "What the run took and what it ran on: the one file here that differs between equal runs"
-    note = read_json(run/"run.json")
+    note = run_note(run)
     done = {s: note["stages"][s] for s in STAGES if s != "figures" and s in note["stages"]}
     return {"minutes": round(sum(s["seconds"] for s in done.values())/60, 1), "peak_gib": max(s["peak_gib"] for s in done.values()),
             "seconds": {n: s["seconds"] for n, s in done.items()}, "versions": note["versions"], "git_commit": note["git_commit"]}

@@ -290,9 +290,12 @@ class StethoLM:
         folder:Path,         # written by `save_pretrained`
         dtype=torch.float32, # of the text model
     ):
-        "The model in `folder`. Raises `StethoError` if there is none."
+        "The model in `folder`, all of it. Raises `StethoError` if there is none, or if a weight is missing or left over."
         if not (Path(folder)/"config.json").is_file(): raise StethoError(f"no model at {folder}: train one with `stetholm reproduce`, or give --model a folder with config.json")
-        return cls(StethoLMForConditionalGeneration.from_pretrained(folder, dtype=dtype), StethoLMProcessor.from_pretrained(folder))
+        model, loaded = StethoLMForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        wrong = [k for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in loaded[kind]]
+        if wrong: raise StethoError(f"{folder} holds other weights than its config.json says (first: {wrong[0]}): it is not loaded in part", 1)
+        return cls(model, StethoLMProcessor.from_pretrained(folder))
 
     def save_pretrained(self,
         folder:Path):  # made if missing

@@ -18,7 +18,7 @@ from typing import Annotated, List, Optional
 import typer
 
 from .config import STAGES, StethoError, read_json, stages_between, write_json, write_whole
-from .run import is_current, open_run, package_folder, runs_folder
+from .run import is_current, open_run, package_folder, run_note, runs_folder
 
 # %% ../nbs/15_pipeline.ipynb #15-005
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -64,7 +64,7 @@ def reproduce(
         if not is_current(this, s.name): raise StethoError(f"stage {s.name!r} comes before {wanted[0].name!r} and is missing or out of date in run {this.name!r}: run it with --from {s.name}")
     say = "SYNTHETIC phantom recordings, made by this package: the numbers say nothing about medicine" if this.synthetic else f"recordings of {this.data}"
     print(f"stetholm {profile}, run {this.name}: {say}", flush=True)
-    begun, last = time.perf_counter(), read_json(this/"run.json")["stages"]
+    begun, last = time.perf_counter(), run_note(this)["stages"]
     for i, s in enumerate(wanted):
         if is_current(this, s.name) and not (first and i == 0): print(f"[{i+1}/{len(wanted)}] {s.name}: up to date", flush=True); continue
         print(f"[{i+1}/{len(wanted)}] {s.name}: {s.title}", flush=True)

@@ -117,6 +117,10 @@ def read_table(
     return _validate(table, schema, path)
 
 def _validate(table, schema, path):
+    for c in schema.columns:
+        if c not in table: raise StethoError(f"{path} has no column {c}: its columns must be {', '.join(schema.columns)}")
+    for c in table.columns:
+        if c not in schema.columns: raise StethoError(f"{path} has the column {c}, which this table does not know: its columns must be {', '.join(schema.columns)}")
     try: return schema.validate(table)
     except pa.errors.SchemaError as e:
         case = e.failure_cases.iloc[0] if isinstance(e.failure_cases, pd.DataFrame) and len(e.failure_cases) else {}
