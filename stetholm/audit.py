@@ -17,10 +17,12 @@ from .sources import RECORDINGS, read_table, scan, write_table
 def check_recordings(
     table:pd.DataFrame,  # recordings
 ):
-    "Raises `StethoError` naming the recordings if patients or sounds cross splits, or equal sounds contradict each other"
+    "Raises `StethoError` naming the recordings if patients or sounds cross splits, equal sounds contradict each other, or a split is empty"
     _consistent(table, "patient_id", "split", "patient {} is in splits {}: a patient belongs to one split")
     _consistent(table, "sha256", "split", "the sound {} is in splits {}: equal files belong to one split")
     _consistent(table[table.binary.notna()], "sha256", "binary", "the sound {} is labelled {}: leave out both")
+    for split in ("train", "val", "test"):
+        if not ((table.split == split) & table.binary.notna()).any(): raise StethoError(f"no recording with a verdict in split {split}: training, choosing and testing want some each")
     stray = table[(table.distribution == "ood") & (table.split != "test")]
     if len(stray): raise StethoError(f"out-of-distribution recording {stray.recording_id.iloc[0]} is in split {stray.split.iloc[0]}: it may only be tested on")
 

@@ -50,7 +50,7 @@ def heart_sound(
 # %% ../nbs/02_phantom.ipynb #02-007
 def _thump(seconds, pitch):
     t = np.arange(int(seconds*RATE))/RATE
-    return np.sin(2*np.pi*pitch*t)*np.exp(-t/(seconds/4))*np.minimum(1, t/.01)
+    return np.sin(2*np.pi*pitch*t)*np.exp(-t/(seconds/4))*np.minimum(1, 12*t/seconds)
 
 def _add(x, start, part):
     i = int(start*RATE); x[i:i+len(part)] += part[:len(x)-i]

@@ -103,12 +103,15 @@ def _run_stage(run, s, profile, recordings, name, overrides, left):
     if unknown: raise StethoError(f"{source} has no parameter {', '.join(sorted(unknown))}: its parameters cell was changed")
     papermill_engines.register("announced", _announced(s, left))
     failed = None
-    with write_whole(kept) as tmp:
-        try: papermill.execute_notebook(str(source), str(tmp), parameters, engine_name="announced", kernel_name="python3", cwd=str(source.parent), progress_bar=False,
-                                        stdout_file=sys.stdout, autosave_cell_every=0, extra_arguments=["--IPKernelApp.log_level=40"])
-        except PapermillExecutionError as e: failed = e
-    _html(kept)
-    if failed: raise StethoError(_way_on(run, s, failed, profile, name, overrides), 1)
+    try:
+        with write_whole(kept) as tmp:
+            try: papermill.execute_notebook(str(source), str(tmp), parameters, engine_name="announced", kernel_name="python3", cwd=str(source.parent), progress_bar=False,
+                                            stdout_file=sys.stdout, autosave_cell_every=0, extra_arguments=["--IPKernelApp.log_level=50"])
+            except PapermillExecutionError as e: failed = f"cell {e.cell_index + 1} of {s.notebook}.ipynb: " + (e.evalue if e.ename == "StethoError" else f"{e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}")
+        _html(kept)
+    except OSError as e:  # a full disk may keep the notebook itself from being written
+        failed = f"{failed or 'its notebook'}; {kept.parent} could not be written ({e.strerror})"
+    if failed: raise StethoError(f"stage {s.name} failed in {failed}\nexecuted notebook: {kept.with_suffix('.html')}\ngo on with: {_way_on(run, s, profile, name, overrides)}", 1)
 
 def _announced(s, left):
     "A papermill engine that says which cell runs and how long is left"
@@ -133,12 +136,11 @@ def _html(notebook):
     body, _ = HTMLExporter().from_filename(str(notebook))
     with write_whole(notebook.with_suffix(".html")) as tmp: tmp.write_text(body)
 
-def _way_on(run, s, e, profile, name, overrides):
-    "What failed, where, and the command that goes on"
+def _way_on(run, s, profile, name, overrides):
+    "The command that goes on from stage `s`"
     command = ["stetholm reproduce", f"--profile {profile}"] + ([f'--recordings "{run.recordings}"'] if run.recordings else []) + ([f"--run {name}"] if name else [])
     command += [f"--set {k}={v}" for k, v in overrides.items()] + [f"--from {s.name}"]
-    what = e.evalue if e.ename == "StethoError" else f"{e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}"
-    return f"stage {s.name} failed in cell {e.cell_index + 1} of {s.notebook}.ipynb: {what}\nexecuted notebook: {run/'notebooks'/s.notebook}.html\ngo on with: {' '.join(command)}"
+    return " ".join(command)
 
 # %% ../nbs/15_pipeline.ipynb #15-014
 @app.command()
