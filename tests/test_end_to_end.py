@@ -8,6 +8,7 @@ import signal
 import time
 
 import pandas as pd
+import psutil
 import pytest
 
 from stetholm.config import STAGES, file_hash
@@ -121,8 +122,10 @@ def interrupted(stetholm_in, smoke_run):
         for line in process.stdout:
             if line.startswith(begins): break
         for _ in range(lines): process.stdout.readline()
+        kernel = psutil.Process(process.pid).children(recursive=True)  # in a session of its own: it would finish a short stage before it misses its parent
         os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        for p in kernel: p.kill()
+    assert process.wait() == -signal.SIGKILL and kernel
     return stage, shell(*command), shell.runs/"again"
 
 
