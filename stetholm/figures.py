@@ -131,14 +131,14 @@ def sft_to_dpo(
     "Clinical accuracy, BERTScore and AUROC of the three systems with intervals, in and out of distribution"
     scores = pd.read_parquet(run/"scores.parquet")
     s = scores[(scores.dataset == "all") & scores.task.isin(["all", "P(abnormal)"]) & scores.model.isin(SYSTEMS)]
-    fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3.1), layout="constrained")
     for ax, (metric, label) in zip(axes, (("clinical accuracy", "clinical accuracy (%)"), (_bertscore_name(scores), "BERTScore F1 (%)"), ("AUROC", "AUROC of P(abnormal) (%)"))):
         for i, (distribution, name) in enumerate((("in_domain", "in distribution"), ("ood", "out of distribution"))):
             g = s[(s.metric == metric) & (s.distribution == distribution)].set_index("model").reindex(list(SYSTEMS))
             ax.errorbar(100*g.value, [j + .18*(i - .5) for j in range(len(g))], xerr=[100*(g.value - g.lo), 100*(g.hi - g.value)], fmt="os"[i], color=PALETTE[i], capsize=3, label=name)
         if metric == "AUROC": ax.axvline(50, color="grey", lw=.8, ls=":")
         ax.set(yticks=range(len(SYSTEMS)), yticklabels=list(SYSTEMS.values()) if ax is axes[0] else [], ylim=(len(SYSTEMS) - .5, -.5), xlabel=label)
-    axes[0].legend(frameon=False, fontsize=8); fig.suptitle(_title(run, "With audio, and after preferences: 95 % intervals over patients"))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=2, frameon=False); fig.suptitle(_title(run, "With audio, and after preferences: 95 % intervals over patients"))
     save(fig, s, folder, "sft_to_dpo")
 
 # %% ../nbs/14_figures.ipynb #14-015

@@ -306,8 +306,10 @@ class StethoLM:
         clips,         # one path, or a list of one or two
         question:str,  # as typed
     ) -> dict:         # text, and p_abnormal of each clip
-        "The model's answer about the clips, and how likely it finds each to be abnormal"
+        "The model's answer about the clips, and how likely it finds each to be abnormal: by the question itself where the answer is a verdict, else by asking for one"
         clips = [clips] if isinstance(clips, (str, Path)) else list(clips)
         heard = [self.processor.feature_extractor(c) for c in clips]
-        verdicts = p_abnormal(self.model, self.processor, self.processor(["Is this sound normal or abnormal?"]*len(clips), [[h] for h in heard]))
-        return {"text": answer(self.model, self.processor, self.processor(question, heard))[0], "p_abnormal": verdicts.tolist()}
+        text = answer(self.model, self.processor, self.processor(question, heard))[0]
+        asked = question if len(clips) == 1 and text.startswith(("Normal", "Abnormal")) else "Is this sound normal or abnormal?"
+        verdicts = p_abnormal(self.model, self.processor, self.processor([asked]*len(clips), [[h] for h in heard]))
+        return {"text": text, "p_abnormal": verdicts.tolist()}
