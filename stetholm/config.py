@@ -64,6 +64,7 @@ class Profile:
     sft_lr:float = 5e-4               # peak learning rate
     sft_lora_rank:int = 8             # LoRA rank
     sft_lora_alpha:int = 32           # LoRA scale
+    sft_lora_dropout:float = 0.       # on the input of every LoRA layer; a fifth of a step's time on a CPU
     sft_train_encoder:bool = True     # train the encoder with the language model, else keep it as aligned
     sft_max_tokens:int = 512          # longest prompt plus answer; a longer one is an error, never cut
     # preferences
@@ -94,7 +95,7 @@ PROFILES = {
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
         alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=24,
         alignment_projector_steps=60, language_model="smollm2-135m-instruct",
-        sft_steps=160, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
+        sft_steps=120, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
         preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
         dpo_steps=30, dpo_batch=4, dpo_lr=5e-5,
         evaluation_questions=400, evaluation_batch=16, evaluation_max_tokens=80, evaluation_bootstrap=2000),
@@ -102,7 +103,7 @@ PROFILES = {
         window_s=7., max_windows=4, phantom_patients=400, instructions_per_task=1,
         alignment_width=1., alignment_depth=1., alignment_objective="cola", alignment_crop_s=4., alignment_batch=128,
         alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000, language_model="google/medgemma-4b-it",
-        sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_max_tokens=1024,
+        sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_max_tokens=1024,
         preferences_questions=2400, preferences_samples=5, preferences_max_tokens=240, preferences_margin=0.05,
         dpo_steps=1800, dpo_batch=4, dpo_lr=3e-6, evaluation_questions=0, evaluation_batch=16, evaluation_beams=5,
         evaluation_length_penalty=0.5, evaluation_max_tokens=240, evaluation_bootstrap=2000),

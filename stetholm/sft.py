@@ -20,11 +20,11 @@ from .run import Run, stage
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 def lora(
-    profile:Profile,  # rank and scale
+    profile:Profile,  # rank, scale and dropout
     full:list,        # modules trained in full
 ) -> LoraConfig:
     "LoRA on the text model's linear layers, and `full` modules beside it"
-    return LoraConfig(r=profile.sft_lora_rank, lora_alpha=profile.sft_lora_alpha, lora_dropout=0.05, target_modules=LORA_TARGETS, modules_to_save=full or None, task_type="CAUSAL_LM")
+    return LoraConfig(r=profile.sft_lora_rank, lora_alpha=profile.sft_lora_alpha, lora_dropout=profile.sft_lora_dropout, target_modules=LORA_TARGETS, modules_to_save=full or None, task_type="CAUSAL_LM")
 
 # %% ../nbs/10_sft.ipynb #10-008
 @stage("sft")
