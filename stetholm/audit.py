@@ -11,7 +11,8 @@ import pandas as pd
 from .config import StethoError, write_json
 from .phantom import make_phantom
 from .run import Run, stage
-from .sources import RECORDINGS, read_table, scan, write_table
+from .recordings import RECORDINGS, read_table, write_table
+from .sources import scan
 
 # %% ../nbs/04_audit.ipynb #04-006
 def check_recordings(
@@ -61,5 +62,6 @@ def audit(
 def load_recordings(
     run:Run,  # a run whose stage `audit` is done
 ) -> pd.DataFrame:
-    "The run's recordings, by id"
-    return read_table(run/"recordings.parquet", RECORDINGS).set_index("recording_id", drop=False)
+    "The run's recordings that have a split, by id"
+    table = read_table(run/"recordings.parquet", RECORDINGS).set_index("recording_id", drop=False)
+    return table[table.split.notna()]

@@ -24,7 +24,7 @@ from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
 from .audio import augment, log_mel, recording_features, standardise
 from .config import Profile, StethoError, read_json, write_json, write_whole
-from .sources import FINDINGS
+from .vocabulary import FINDINGS
 
 # %% ../nbs/07_encoder.ipynb #07-005
 class Features:

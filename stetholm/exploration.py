@@ -11,7 +11,7 @@ import pandas as pd
 from .audit import load_recordings
 from .config import write_whole
 from .run import Run, stage
-from .sources import FINDINGS
+from .vocabulary import FINDINGS
 
 # %% ../nbs/05_exploration.ipynb #05-006
 @stage("exploration")

@@ -18,7 +18,8 @@ import pandera.pandas as pa
 from .audit import load_recordings
 from .config import StethoError
 from .run import Run, stage
-from .sources import FINDINGS, read_table, write_table
+from .recordings import read_table, write_table
+from .vocabulary import FINDINGS
 
 # %% ../nbs/06_instructions.ipynb #06-006
 class Facts(NamedTuple):
@@ -221,6 +222,7 @@ def synthesize(
     seed:int,            # of every choice
 ) -> pd.DataFrame:       # rows of `PAIRS`
     "StethoBench from labels, by templates. Raises `StethoError` if an answer does not read back as its labels."
+    table = table[table.split.notna()]
     known = {r.recording_id: facts(r) for _, r in table.iterrows()}
     groups = dict(tuple(table[[known[i].findings is not None for i in table.recording_id]].groupby(["split", "source", "domain"])))
     rows = []

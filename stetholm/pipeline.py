@@ -196,22 +196,40 @@ def _origin(folder):
 
 # %% ../nbs/15_pipeline.ipynb #15-018
 @data.command("list")
-def data_list():
-    "The datasets that `scan` can read"
+def data_list(
+    folder: Annotated[str, typer.Option(help="where `data fetch` puts datasets, for what is present")] = "recordings",
+):
+    "The datasets that `scan` can read: recordings and hours as published, role in the study, whether they are here"
     from stetholm.sources import SOURCES
-    for s in SOURCES.values(): print(f"{s.key:13} {s.title}\n{'':13} licence: {s.licence}; from: {s.homepage}")
+    print(f"{'set':12} {'recordings':>10} {'hours':>6}  {'role':10} {'passed on':9} {'here':5} licence")
+    for s in SOURCES.values():
+        here = "yes" if (Path(folder)/s.key).is_dir() else "no"
+        print(f"{s.key:12} {s.recordings or '?':>10} {s.hours or '?':>6}  {s.role:10} {'yes' if s.redistribution else 'no':9} {here:5} {s.licence}\n{'':12} {s.title}; {s.homepage}")
 
 @data.command("scan")
 def data_scan(
     dataset: Annotated[str, typer.Argument(metavar="SET", help="a key of `stetholm data list`")],
     folder: Annotated[str, typer.Argument(help="the dataset's folder")],
     out: Annotated[str, typer.Option("-o", help="table to write")] = "recordings.parquet",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave faulty recordings out and list them in a csv beside the table")] = False,
+    spec: Annotated[Optional[str], typer.Option(help="for `folder`: a JSON file that maps its columns")] = None,
+    seed: Annotated[int, typer.Option(help="of the splits")] = 0,
 ):
     "A dataset on disk as a recordings table"
-    from stetholm.sources import RECORDINGS, scan, write_table
-    table = scan(dataset, folder)
+    import pandas as pd
+    from stetholm.recordings import RECORDINGS, write_table
+    from stetholm.sources import read_source
+    table, found = read_source(dataset, folder, skip_bad, spec, seed)
     write_table(table, out, RECORDINGS)
     print(f"{len(table)} recordings of {table.patient_id.nunique()} patients, {table.duration_s.sum()/3600:.2f} h, in {out}")
+    notes = table.extra.map(json.loads)
+    for what, rows in (("left out of every split", notes.map(lambda e: e.get("left_out"))), ("with a fault that was mended", notes.map(lambda e: (e.get("faults") or [None])[0]))):
+        if (n := rows.notna().sum()): print(f"{n} {what}, the first: {table.recording_id[rows.first_valid_index()]}: {rows.dropna().iloc[0]}")
+    bad = Path(out).with_suffix(".bad.csv")
+    if found.bad:
+        with write_whole(bad) as tmp: pd.DataFrame(found.bad).to_csv(tmp, index=False)
+        print(f"{len(found.bad)} faults skipped, listed in {bad}; the first: {found.bad[0]['fault']}")
+    else: bad.unlink(missing_ok=True)
 
 @data.command("audit")
 def data_audit(
@@ -220,7 +238,7 @@ def data_audit(
 ):
     "Check that patients and sounds do not cross splits, and describe the table"
     from stetholm.audit import check_recordings, data_card
-    from stetholm.sources import RECORDINGS, read_table
+    from stetholm.recordings import RECORDINGS, read_table
     recordings = read_table(table, RECORDINGS)
     check_recordings(recordings)
     if out: write_json(Path(out)/"data_card.json", data_card(recordings)); print(f"clean: {len(recordings)} recordings; {Path(out)/'data_card.json'}")
@@ -236,7 +254,7 @@ def synthesize(
 ):
     "Instruction-response pairs from a recordings table"
     from stetholm.instructions import PAIRS, synthesize as make
-    from stetholm.sources import RECORDINGS, read_table, write_table
+    from stetholm.recordings import RECORDINGS, read_table, write_table
     recordings = read_table(table, RECORDINGS)
     pairs = make(recordings.set_index("recording_id", drop=False), per_task, seed)
     write_table(pairs, out, PAIRS)

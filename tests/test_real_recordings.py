@@ -10,7 +10,7 @@ import pytest
 from stetholm.audio import load_audio, log_mel, recording_features
 from stetholm.config import PROFILES, STAGES, file_hash
 from stetholm.instructions import TASKS, is_right
-from stetholm.sources import FINDINGS
+from stetholm.vocabulary import FINDINGS
 
 SOURCES = {"sprsound", "kauh", "circor", "cinc2016", "hlscmds"}
 

@@ -1,0 +1,239 @@
+"Adapters on real files in their publishers' layouts, against values read by hand; and every fault a user's files may have"
+import json
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from stetholm.config import StethoError
+from stetholm.recordings import RECORDINGS, SOURCES, read_table, write_table
+from stetholm.sources import read_source, scan
+
+KEYS = {"sprsound", "icbhi", "kauh", "circor", "cinc2016", "hlscmds", "zchsound", "hf_lung", "tr", "bmd_hs", "flusense", "stetho-mini", "folder", "phantom"}
+
+
+@pytest.fixture(scope="module")
+def layouts(recordings):
+    "A few real files of each dataset, in its publisher's own folders"
+    folder = recordings.parent/"layouts"
+    assert (folder/"README.md").is_file(), f"no layouts beside {recordings}"
+    return folder
+
+
+def rows(key, folder, **how): return scan(key, folder, **how).set_index("recording_id")
+def more(row): return json.loads(row.extra)
+def spans(row, label): return [(e["start_s"], e["end_s"]) for e in row.events if e["label"] == label]
+
+
+def test_every_dataset_has_an_adapter_with_its_terms():
+    assert set(SOURCES) == KEYS
+    for s in SOURCES.values(): assert s.title and s.licence and s.homepage and s.citation and s.role in ("in_domain", "ood") and isinstance(s.redistribution, bool)
+    assert {s.key for s in SOURCES.values() if s.role == "ood"} == {"tr", "cinc2016", "bmd_hs", "flusense", "hlscmds"}
+    assert not any(SOURCES[k].redistribution for k in ("icbhi", "hf_lung", "bmd_hs", "flusense", "zchsound"))
+
+
+def test_sprsound(layouts):
+    t = rows("sprsound", layouts/"SPRSound")
+    assert len(t) == 11 and t.patient_id.nunique() == 6 and (t.sample_rate == 8000).all()
+    r = t.loc["sprsound_40638274_9.7_1_p2_1801"]
+    assert r.findings == ["fine crackle", "wheeze"] and r.diagnosis == "other respiratory disease" and (r.age, r.sex, r.site, r.binary) == ("9.7", "Female", "left lateral", "abnormal")
+    assert spans(r, "wheeze") == [(7.724, 8.323)] and spans(r, "fine crackle")[0] == (1.684, 2.772) and abs(r.duration_s - 9.216) < 1e-9 and more(r)["record"] == "CAS & DAS"
+    assert pd.isna(t.loc["sprsound_40069321_15.3_0_p3_981" if "sprsound_40069321_15.3_0_p3_981" in t.index else "sprsound_40069321_15.3_0_p1_981"].binary)
+    intra = t.loc["sprsound_40638274_9.7_1_p1_1696"]  # in the 2022 test folder, its patient in train
+    assert intra.split in ("train", "val") and t[t.patient_id == "sprsound_40638274"].split.nunique() == 1 and more(intra)["official_split"] == "test" and "split_note" in more(intra)
+    assert t.loc["sprsound_41067823_6.1_0_p2_1618"].split == t.loc["sprsound_40512331_8.1_1_p1_3548"].split == "test"
+
+
+def test_kauh(layouts):
+    t = rows("kauh", layouts/"KAUH")
+    assert len(t) == 15 and (t.sample_rate == 4000).all()
+    r = t.loc["kauh_EP1"]
+    assert (r.patient_id, r.findings, r.diagnosis, r.site, r.age, r.sex) == ("kauh_1", ["wheeze"], "asthma", "posterior left lower", "70", "Male") and more(r)["filter"] == "extended (50-500 Hz)"
+    assert t.loc["kauh_BP60"].diagnosis == "heart failure" and t.loc["kauh_BP60"].findings == ["crackle"] and t.loc["kauh_BP108"].site == "posterior right lower" and t.loc["kauh_BP21"].diagnosis == "bronchitis or bronchiectasis"
+    used = t[t.split.notna()]
+    assert not used.patient_id.duplicated().any() and {"kauh_EP1", "kauh_EP60", "kauh_BP21", "kauh_DP76", "kauh_DP77"} <= set(used.index)
+    assert "labelled otherwise" in more(t.loc["kauh_EP76"])["left_out"] and t.loc["kauh_EP76"].sha256 == t.loc["kauh_EP77"].sha256 and t.loc["kauh_EP76"].binary != t.loc["kauh_EP77"].binary
+
+
+def test_kauh_spells_the_pack_as_the_pack_does(layouts, recordings, tmp_path):
+    meta = pd.read_csv(recordings/"metadata.csv", dtype=str, keep_default_na=False)
+    meta = meta[meta.source == "kauh"].set_index("recording_id")
+    soundfile.write(tmp_path/"a.wav", np.zeros(4000), 4000)
+    for i, path in enumerate(meta.original_path):  # the publisher's own names, with a sound of its own each
+        soundfile.write(tmp_path/path.rsplit("/", 1)[1], np.full(4000, (i + 1)/1000), 4000)
+    (tmp_path/"a.wav").unlink()
+    t, pack = rows("kauh", tmp_path), rows("stetho-mini", recordings)
+    both = t.index
+    assert len(both) == 110 == len(meta)
+    for column in ("findings", "diagnosis", "age", "sex", "binary", "site"): assert [(x, y) for x, y in zip(t[column], pack.loc[both, column]) if x != y and not (pd.isna(x) is True and pd.isna(y) is True)] == [], column
+
+
+def test_circor(layouts):
+    t = rows("circor", layouts/"CirCor")
+    assert len(t) == 16 and t.patient_id.nunique() == 4
+    r = t.loc["circor_9979_TV"]
+    assert (r.findings, r.binary, r.site, r.age, r.sex) == (["holosystolic murmur"], "abnormal", "tricuspid valve area", "Child", "Female") and abs(r.duration_s - 22.896) < 1e-9
+    assert spans(r, "S1")[0] == (.5405, .700435) and spans(r, "systole")[0] == (.700435, .860337)
+    x = more(r)
+    assert (x["Systolic murmur shape"], x["Systolic murmur grading"], x["Systolic murmur pitch"], x["Systolic murmur quality"], x["Height"], x["Campaign"]) == ("Diamond", "III/VI", "High", "Harsh", "103.0", "CC2015")
+    assert x["not_annotated"][0] == [0, .5405] and len(r.events) + len(x["not_annotated"]) == 35
+    assert pd.isna(t.loc["circor_13918_AV"].binary) and t.loc["circor_13918_AV"].findings == [] and t.loc["circor_13918_TV"].findings == ["holosystolic murmur"]  # heard at TV only
+    assert t.loc["circor_2530_MV"].binary == "normal"
+
+
+def test_cinc2016(layouts):
+    t = rows("cinc2016", layouts/"CinC2016")
+    assert len(t) == 12 and (t.sample_rate == 2000).all() and set(t.split) == {"test"} and set(t.distribution) == {"ood"}
+    assert t.binary.to_dict() == {f"cinc2016_{r}": v for r, v in dict(a0238="normal", a0336="abnormal", b0031="normal", b0033="abnormal", c0005="abnormal", c0030="normal", d0001="normal", d0014="abnormal", e00216="abnormal", e01717="normal", f0090="abnormal", f0111="normal").items()}
+    r = t.loc["cinc2016_a0238"]
+    assert (r.events[0]["label"], r.events[0]["start_s"], r.events[0]["end_s"]) == ("systole", 0, .099) and r.events[1]["label"] == "S2" and len(r.events) == 57 and r.events[-1]["end_s"] == r.duration_s == 9.265
+    noise = t.loc["cinc2016_c0005"]
+    assert [(e["label"], e["start_s"]) for e in noise.events] == [("noise", 0)] and more(noise)["database"] == "training-c"
+
+
+def test_hlscmds(layouts):
+    t = rows("hlscmds", layouts/"HLS-CMDS")
+    assert len(t) == 8 and set(t.patient_id) == {"hlscmds_manikin_F"} and set(t.split) == {"test"}
+    assert t.loc["hlscmds_HS_F_AF_A"].findings == ["atrial fibrillation"] and t.loc["hlscmds_HS_F_AF_A"].site == "apex"
+    assert t.loc["hlscmds_LS_F_CC_LUA"].findings == ["coarse crackle"] and t.loc["hlscmds_LS_F_CC_LUA"].domain == "lung"
+
+
+@pytest.fixture
+def icbhi(layouts, tmp_path):
+    "ICBHI's real text files with silent recordings of the formats it has: 4 and 44.1 kHz, 16, 24 and 32 bit"
+    folder = tmp_path/"icbhi"
+    shutil.copytree(layouts/"ICBHI", folder)
+    kinds = [(4000, "PCM_16"), (44100, "PCM_24"), (10000, "PCM_32")]
+    for i, p in enumerate(sorted((folder/"ICBHI_final_database").glob("*.txt"))):
+        rate, kind = kinds[i % 3]
+        soundfile.write(p.with_suffix(".wav"), .01*np.random.default_rng(i).standard_normal(20*rate), rate, subtype=kind)
+    return folder
+
+
+def test_icbhi(icbhi):
+    t = rows("icbhi", icbhi)
+    assert len(t) == 6 and t.patient_id.nunique() == 4 and set(t.sample_rate) == {4000, 44100, 10000}
+    r = t.loc["icbhi_103_2b2_Ar_mc_LittC2SE"]
+    assert (r.findings, r.diagnosis, r.site, r.age, r.sex, r.device) == (["wheeze"], "asthma", "anterior right", "70", "Female", "3M Littmann Classic II SE") and spans(r, "wheeze")[0] == (.364, 3.25)
+    assert more(r)["bmi"] == "33" and more(r)["mode"] == "multichannel"
+    r = t.loc["icbhi_101_1b1_Al_sc_Meditron"]
+    assert r.diagnosis == "upper respiratory tract infection" and r.split == "test" and more(r)["official_split"] == "test" and r.site == "anterior left"
+    assert t.loc["icbhi_103_2b2_Ar_mc_LittC2SE"].split in ("train", "val") and {more(x).get("subtype", "PCM_16") for x in t.itertuples()} == {"PCM_16", "PCM_24", "PCM_32"}
+
+
+def test_icbhi_patients_on_both_sides_are_trained_on(icbhi):
+    base = icbhi/"ICBHI_final_database"
+    for side, stem in (("train", "156_2b3_Al_mc_AKGC417L"), ("test", "156_5b3_Ar_mc_AKGC417L")):
+        shutil.copy(next(base.glob("*.wav")), base/f"{stem}.wav"); soundfile.write(base/f"{stem}.wav", np.full(8000, .1 if side == "train" else .2), 4000)
+        (base/f"{stem}.txt").write_text("0\t1\t0\t0\r\n1\t1\t0\t1\r\n1.5\t9\t1\t0\r\n")  # CRLF, a cycle of no length, one past the end
+    listed = dict(line.split() for line in (icbhi/"ICBHI_challenge_train_test.txt").read_text().splitlines())
+    assert {side for stem, side in listed.items() if stem.startswith("156_")} == {"train", "test"}
+    t = rows("icbhi", icbhi)
+    both = t[t.patient_id == "icbhi_156"]
+    assert len(both) == 2 and both.split.nunique() == 1 and both.split.iloc[0] in ("train", "val") and more(both.iloc[0])["listed_in"] == listed[both.index[0].removeprefix("icbhi_")]
+    faults = more(both.iloc[0])["faults"]
+    assert len(faults) == 2 and "no length" in faults[0] and "cut at the end (2 s)" in faults[1] and both.iloc[0].events[-1]["end_s"] == 2.
+
+
+def test_icbhi_without_recordings_says_so(layouts):
+    with pytest.raises(StethoError, match="no recordings in .*ICBHI.*wav"): scan("icbhi", layouts/"ICBHI")
+
+
+@pytest.mark.parametrize("key, name", [("kauh", "KAUH"), ("circor", "CirCor"), ("sprsound", "SPRSound"), ("hlscmds", "HLS-CMDS"), ("cinc2016", "CinC2016")])
+def test_the_layout_may_begin_anywhere_below_the_folder(layouts, tmp_path, key, name):
+    shutil.copytree(layouts/name, tmp_path/"a/b c/d")
+    (tmp_path/"__MACOSX").mkdir(); (tmp_path/"__MACOSX/._x.wav").write_bytes(b"resource fork"); (tmp_path/".hidden.wav").write_bytes(b"")
+    t, there = rows(key, tmp_path), rows(key, layouts/name)
+    assert t.drop(columns="path").equals(there.drop(columns="path")) and len(t) == sum(p.suffix == ".wav" for p in (layouts/name).rglob("*"))
+
+
+# faults
+
+def broken(change, match): return pytest.param(change, match, id=match)
+
+@pytest.mark.parametrize("change, match", [
+    broken(lambda f: f.write_bytes(b""), "not a readable audio file"), broken(lambda f: f.write_text("hello"), "not a readable"), broken(lambda f: f.write_bytes(f.read_bytes()[:3000]), "cut short"),
+    broken(lambda f: soundfile.write(f, np.zeros(0), 4000), "holds no samples"), broken(lambda f: f.with_suffix(".tsv").unlink(), "9979_TV.tsv"),
+    broken(lambda f: f.with_suffix(".tsv").write_text("0\t1\t1\n1\ttwo\t2\n"), "row 2"), broken(lambda f: f.with_suffix(".tsv").write_text("0\t1\t9\n"), "state '9'"), broken(lambda f: f.with_suffix(".tsv").write_text("0\t1\n"), "has 2 columns, not 3"),
+    broken(lambda f: f.with_suffix(".tsv").write_text("2\t1\t1\n"), "does not end after it starts"), broken(lambda f: f.rename(f.with_name("9979_XX.wav")), "9979_XX.wav"), broken(lambda f: f.rename(f.with_name("77_TV.wav")), "patient 77 is not in training_data.csv"),
+])
+def test_a_fault_is_one_line_and_the_rest_can_be_kept(layouts, tmp_path, stetholm, change, match):
+    folder = tmp_path/"circor"
+    shutil.copytree(layouts/"CirCor", folder)
+    change(folder/"training_data/9979_TV.wav")
+    done = stetholm("data", "scan", "circor", folder, "-o", "r.parquet")
+    assert done.returncode == 2 and match in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr and not (stetholm.cwd/"r.parquet").exists()
+    kept = stetholm("data", "scan", "circor", folder, "-o", "r.parquet", "--skip-bad")
+    assert kept.returncode == 0, kept.stderr
+    assert "listed in r.bad.csv" in kept.stdout
+    bad, table = pd.read_csv(stetholm.cwd/"r.bad.csv"), read_table(stetholm.cwd/"r.parquet", RECORDINGS)
+    assert len(bad) >= 1 and match in bad.fault[0] and len(table) in (15, 16)
+
+
+def test_a_broken_row_of_a_shared_table_costs_its_patient_only(layouts, tmp_path):
+    folder = tmp_path/"circor"
+    shutil.copytree(layouts/"CirCor", folder)
+    lines = (folder/"training_data.csv").read_text().splitlines()
+    (folder/"training_data.csv").write_text("\r\n".join([l.rsplit(",", 3)[0] if l.startswith("9979,") else l for l in lines]))
+    with pytest.raises(StethoError, match=r"training_data.csv row 3 has 19 columns, not 22 .*mend that row"): scan("circor", folder)
+    table, found = read_source("circor", folder, skip_bad=True)
+    assert len(table) == 12 and {b["file"] for b in found.bad} == {"training_data.csv", *(f"training_data/9979_{v}.wav" for v in ("AV", "MV", "PV", "TV"))} and found.bad[0]["row"] == 3
+
+
+def test_an_unmapped_spelling_names_file_and_value(layouts, tmp_path):
+    shutil.copy(next((layouts/"KAUH/Audio Files").glob("EP1_*")), tmp_path/"EP5_Gout,E W,P L L,70,M.wav")
+    with pytest.raises(StethoError, match=r"EP5_Gout.*diagnosis 'gout'"): scan("kauh", tmp_path)
+    (tmp_path/"EP5_Gout,E W,P L L,70,M.wav").rename(tmp_path/"EP5_Asthma,Squawk,P L L,70,M.wav")
+    with pytest.raises(StethoError, match=r"EP5_Asthma.*'Squawk'"): scan("kauh", tmp_path)
+
+
+def test_a_folder_that_is_no_dataset_or_has_one_of_another_kind(layouts, tmp_path):
+    (tmp_path/"notes.txt").write_text("hello")
+    for key in KEYS - {"folder"}:
+        with pytest.raises(StethoError, match=str(tmp_path)): scan(key, tmp_path)
+    with pytest.raises(StethoError): scan("kauh", layouts/"CirCor")
+
+
+def test_stereo_rates_and_depths_are_read_as_they_are(tmp_path):
+    wave = .1*np.random.default_rng(0).standard_normal((8000, 2))
+    for i, kind in enumerate(("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT")): soundfile.write(tmp_path/f"{i}.wav", wave*(i + 1)/9, 8000, subtype=kind)
+    (tmp_path/"t.csv").write_text("path,labels,domain\n" + "".join(f"{i}.wav,normal,lung\n" for i in range(5)))
+    t = scan("folder", tmp_path)
+    assert t.duration_s.tolist() == [1.]*5 and [more(r)["channels"] for r in t.itertuples()] == [2]*5 and more(t.iloc[2])["subtype"] == "PCM_24"
+
+
+@pytest.mark.parametrize("table, spec, match", [
+    ("path,labels,domain\nno.wav,normal,lung\n", {}, r"t.csv row 2: no audio file at .*no.wav"), ("path,labels\na.wav,normal\n", {}, "row 2: domain None"), ("path,domain\na.wav,lung\n", {}, "no column labels"),
+    ("path,labels,domain\n../a.wav,normal,lung\n", {}, "outside the folder"), ("path,labels,domain\na.wav,odd,lung\n", {}, "row 2.*label 'odd'"), ("path,labels,domain,site\na.wav,normal,lung,knee\n", {}, "row 2.*site 'knee'"),
+    ("path,labels,domain\na.wav,normal,lung\n", {"colums": {}}, "spec has 'colums'"), ("path,labels,domain\na.wav,normal,lung\n", {"columns": {"lables": "x"}}, "maps 'lables'"), ("path,labels,domain,sex\na.wav,normal,lung,x\n", {}, "sex 'x'"),
+    ("path,labels,domain\na.wav,normal,lung\na.wav,normal,lung\n", {}, "listed twice")])
+def test_a_folder_of_ones_own_refuses(tmp_path, table, spec, match):
+    soundfile.write(tmp_path/"a.wav", np.zeros(4000) + .1, 4000); (tmp_path/"t.csv").write_text(table)
+    with pytest.raises(StethoError, match=match): scan("folder", tmp_path, spec=spec)
+
+
+def test_a_table_is_refused_when_it_breaks_the_schema(layouts, tmp_path):
+    t = scan("kauh", layouts/"KAUH")
+    for column, value in (("domain", "bowel"), ("split", "holdout"), ("sha256", "abc"), ("duration_s", -1.), ("recording_id", "kauh_EP1")):
+        bad = t.copy(); bad.loc[0, column] = value
+        with pytest.raises(StethoError, match=column): write_table(bad, tmp_path/"t.parquet", RECORDINGS)
+    bad = t.copy(); bad.at[0, "findings"] = ["squawk"]
+    with pytest.raises(StethoError, match="findings"): write_table(bad, tmp_path/"t.parquet", RECORDINGS)
+    assert not (tmp_path/"t.parquet").exists()
+
+
+def test_three_thousand_recordings_scan_quickly_in_little_memory(layouts, tmp_path, stetholm):
+    wave = (layouts/"KAUH/Audio Files/EP1_Asthma,I E W,P L L,70,M.wav").read_bytes()
+    for i in range(1000):
+        for f in "BDE": (tmp_path/f"{f}P{i}_N,N,P L U,{20 + i % 60},M.wav").write_bytes(wave + bytes([i % 251, i // 251, ord(f)]))
+    code = "import resource,sys; from stetholm.sources import scan; t = scan('kauh', sys.argv[1]); print(len(t), t.split.notna().sum(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)"
+    import subprocess, sys
+    begun = time.perf_counter()
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    seconds = time.perf_counter() - begun
+    n, used, gib = said.stdout.split()
+    print(f"{seconds:.1f} s, {gib} GiB")
+    assert (int(n), int(used)) == (3000, 1000) and seconds < 60 and float(gib) < 1, said.stderr
