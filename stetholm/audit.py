@@ -53,6 +53,7 @@ def audit(
 ) -> pd.DataFrame:  # recordings
     "Stage 0: the recordings table, checked"
     if run.synthetic: table = scan("phantom", make_phantom(run/"phantom", run.profile.phantom_patients, run.profile.seed))
+    elif run.recordings.is_file(): table = read_table(run.recordings, RECORDINGS)
     else: table = scan("stetho-mini", run.recordings)
     check_recordings(table)
     write_table(table, run/"recordings.parquet", RECORDINGS)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data', 'ENVIRONMENT', 'SECONDS', 'main', 'reproduce', 'stages', 'publish', 'ask', 'newest_model', 'data_list',
-           'data_scan', 'data_audit', 'synthesize', 'evaluate', 'score']
+           'data_scan', 'data_join', 'data_audit', 'synthesize', 'evaluate', 'score']
 
 # %% ../nbs/15_pipeline.ipynb #15-002
 import json
@@ -49,7 +49,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WA
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help="smoke, mini or paper")] = "mini",
-    recordings: Annotated[Optional[str], typer.Option(help="folder of real recordings (stetho-mini layout); without it, synthetic ones are made")] = None,
+    recordings: Annotated[Optional[str], typer.Option(help="real recordings: a folder in the layout of stetho-mini, or a table of `data scan`; without it, synthetic ones are made")] = None,
     run: Annotated[Optional[str], typer.Option(help="run folder's name; default <profile>-<data>")] = None,
     first: Annotated[Optional[str], typer.Option("--from", help="first stage; it runs even if it is up to date")] = None,
     until: Annotated[Optional[str], typer.Option(help="last stage")] = None,
@@ -230,6 +230,18 @@ def data_scan(
         with write_whole(bad) as tmp: pd.DataFrame(found.bad).to_csv(tmp, index=False)
         print(f"{len(found.bad)} faults skipped, listed in {bad}; the first: {found.bad[0]['fault']}")
     else: bad.unlink(missing_ok=True)
+
+@data.command("join")
+def data_join(
+    tables: Annotated[List[str], typer.Argument(metavar="TABLE...", help="tables of `data scan`")],
+    out: Annotated[str, typer.Option("-o", help="table to write")] = "recordings.parquet",
+):
+    "Several recordings tables as one"
+    import pandas as pd
+    from stetholm.recordings import RECORDINGS, read_table, write_table
+    table = pd.concat([read_table(t, RECORDINGS) for t in tables], ignore_index=True)
+    write_table(table, out, RECORDINGS)
+    print(f"{len(table)} recordings of {table.source.nunique()} sources in {out}")
 
 @data.command("audit")
 def data_audit(

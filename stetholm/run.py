@@ -47,10 +47,10 @@ class Run:
     def __init__(self,
         folder:Path,            # the run's own folder; made if missing
         profile:Profile,        # what it is made with
-        recordings:Path=None):  # folder of real recordings; None: the phantom corpus
+        recordings:Path=None):  # real recordings: a folder in the layout of stetho-mini, or a table of `data scan`; None: the phantom corpus
         self.folder, self.profile = Path(folder), profile
         self.recordings = Path(recordings).expanduser().resolve() if recordings else None
-        self.data = self.recordings.name if self.recordings else "phantom"
+        self.data = self.recordings.stem if self.recordings and self.recordings.is_file() else self.recordings.name if self.recordings else "phantom"
         self.name = self.folder.name
 
     def __repr__(self): return f"Run({self.name!r}, profile={self.profile.name!r}, data={self.data!r})"
@@ -70,13 +70,13 @@ class Run:
 def open_run(
     profile:str="smoke",   # smoke, mini or paper
     run:str=None,          # run folder's name; None: <profile>-<data>
-    recordings:str=None,   # folder of real recordings; None: the phantom corpus
+    recordings:str=None,   # folder or table of real recordings; None: the phantom corpus
     overrides:dict=None,   # profile fields to change
 ) -> Run:
     "The run of that name, made if it is new. Raises `StethoError` if the folder belongs to other recordings."
     chosen = get_profile(profile, overrides)
-    if recordings is not None and not Path(recordings).expanduser().is_dir():
-        raise StethoError(f"no folder of recordings at {recordings}: give --recordings a folder that exists")
+    if recordings is not None and not ((at := Path(recordings).expanduser()).is_dir() or at.is_file() and at.suffix == ".parquet"):
+        raise StethoError(f"no folder of recordings, or .parquet table of them, at {recordings}: give --recordings one that exists")
     r = Run(Path("unnamed"), chosen, recordings)
     name = run or f"{chosen.name}-{r.data}"
     if Path(name).name != name or name.startswith("."): raise StethoError(f"run name {name!r} must be a plain folder name")
@@ -102,8 +102,9 @@ def _write_note(run, **stages):
 
 # %% ../nbs/00a_run.ipynb #00-010
 def _fingerprint(recordings):
-    "Names, sizes and (of tables) contents of the files under a recordings folder, hashed"
+    "Names, sizes and (of tables) contents of the files under a recordings folder, or a table's bytes, hashed"
     if recordings is None: return "phantom"
+    if recordings.is_file(): return file_hash(recordings)
     h = hashlib.sha256()
     for f in sorted(recordings.rglob("*")):
         if not f.is_file(): continue

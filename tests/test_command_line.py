@@ -11,6 +11,7 @@ import soundfile
 
 from stetholm.config import STAGES
 from stetholm.phantom import make_phantom
+from stetholm.sources import SOURCES
 
 STEREO, LONG = "stereo.wav", "long.wav"
 
@@ -50,7 +51,7 @@ def test_help_names_every_command_within_half_a_second(stetholm):
     assert min(seconds for seconds, _ in tries) < .5
 
 
-@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data audit", "synthesize", "evaluate", "score", "publish"])
+@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data join", "data audit", "synthesize", "evaluate", "score", "publish"])
 def test_every_command_has_help(stetholm, command):
     done = stetholm(*command.split(), "--help")
     assert done.returncode == 0 and f"stetholm {command}" in done.stdout and not done.stderr
@@ -63,10 +64,12 @@ def test_stages_lists_every_stage_in_order(stetholm):
     assert all(s.notebook in done.stdout and ", ".join(s.makes) in done.stdout for s in STAGES.values())
 
 
-def test_data_list_names_every_dataset_with_its_licence(stetholm):
+def test_data_list_names_every_dataset_with_its_terms(stetholm):
     done = stetholm("data", "list")
-    assert done.returncode == 0 and "stetho-mini" in done.stdout and "phantom" in done.stdout
-    assert done.stdout.count("licence: ") == len([line for line in done.stdout.splitlines() if not line.startswith(" ")])
+    assert done.returncode == 0
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[1:] if not line.startswith(" ")}
+    assert set(lines) == set(SOURCES) and len(lines) == 14
+    for key, s in SOURCES.items(): assert lines[key].endswith(s.licence) and s.role in lines[key] and f" {s.recordings or '?'} " in lines[key] and s.homepage in done.stdout
 
 
 # wrong use
@@ -293,3 +296,16 @@ def test_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(stetholm):
     assert not [m for m in STAGES["audit"].makes if (run/m).exists()] and not [p for p in run.rglob("*") if ".part." in p.name]
     done = stetholm(*command)
     assert done.returncode == 0 and all((run/m).exists() for m in STAGES["audit"].makes), done.stderr
+
+
+def test_scanned_tables_are_joined_and_the_study_runs_on_them(stetholm):
+    for seed, name in ((0, "a"), (1, "b")):
+        make_phantom(stetholm.cwd/name, 24, seed)
+        assert stetholm("data", "scan", "phantom", name, "-o", f"{name}.parquet").returncode == 0
+    refused(stetholm("data", "join", "a.parquet", "a.parquet"), 2, "recording_id")
+    for t in "ab": table = pd.read_parquet(stetholm.cwd/f"{t}.parquet"); table[["recording_id", "patient_id"]] = table[["recording_id", "patient_id"]] + t; table.to_parquet(stetholm.cwd/f"{t}.parquet", index=False)
+    assert "96 recordings of 2 sources" in stetholm("data", "join", "a.parquet", "b.parquet", "-o", "all.parquet").stdout
+    done = stetholm("reproduce", "--profile", "smoke", "--recordings", "all.parquet", "--until", "audit")
+    assert done.returncode == 0 and "recordings of all" in done.stdout, done.stderr
+    assert len(pd.read_parquet(stetholm.runs/"smoke-all/recordings.parquet")) == 96
+    refused(stetholm("reproduce", "--profile", "smoke", "--recordings", "some.parquet"), 2, "no folder of recordings")
