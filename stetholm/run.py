@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -204,8 +205,11 @@ def _locked(run):
         yield
 
 def peak_memory() -> float:
-    "Largest resident memory of this process so far, in GiB"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    "Largest resident memory of this program so far, in GiB"
+    # not ru_maxrss where it can be had: that one keeps what the parent held when it forked
+    status = Path("/proc/self/status")
+    high = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return (int(high[1]) if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
 
 # %% ../nbs/00a_run.ipynb #00-017
 def set_seed(
