@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from .audio import augment
-from .audit import load_recordings
+from .audit import load_recordings, note_training
 from .backbones import assemble, load_backbone
 from .config import Profile, StethoError, write_whole
 from .encoder import AudioEncoder, Features, make_features, pretrain
@@ -166,6 +166,7 @@ def alignment(
     rows, watched = (training_rows(reports[reports.split == s], lm.processor, p.sft_max_tokens) for s in ("train", "val"))
     _, steps = fit(lm, rows, watched, features, p, run/".trainer", p.alignment_projector_steps, p.alignment_projector_lr, p.sft_batch)
     with write_whole(run/"aligned") as tmp: lm.save_pretrained(tmp)
+    note_training(run, "alignment", [*table.recording_id[table.split == "train"], *(i for r in rows["recording_ids"] for i in r)])
     log = pd.concat([log, steps.assign(phase="projector")], ignore_index=True)
     with write_whole(run/"alignment.parquet") as tmp: log.to_parquet(tmp, index=False)
     return log

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 from .alignment import Collator, Report, load_model, trainer_settings
 from .audio import degrade
-from .audit import load_recordings
+from .audit import load_recordings, note_training
 from .config import StethoError, write_whole
 from .encoder import Features
 from .model import StethoLM, StethoLMProcessor
@@ -148,6 +148,7 @@ def dpo(
     drift = (trainer.reference_logps(batch) - batch["reference"]).abs().max().item()
     if drift > 1e-5: raise RuntimeError(f"the reference moved by {drift:.1e} during DPO")
     with write_whole(run/"dpo") as tmp: StethoLM(trainer.model.merge_and_unload(), lm.processor).save_pretrained(tmp)
+    note_training(run, "dpo", (i for r in rows for i in [*r["recording_ids"], *r["other_ids"]]))
     keep = ("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/degraded", "rewards/accuracy", "rewards/audio_accuracy")
     log = pd.DataFrame([{k: float(h[k]) for k in keep if k in h} for h in trainer.state.log_history if "loss" in h]).assign(drift=drift)
     with write_whole(run/"dpo.parquet") as tmp: log.to_parquet(tmp, index=False)

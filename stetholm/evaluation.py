@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .alignment import load_model
-from .audit import load_recordings
+from .audit import check_recordings, contamination, load_recordings
 from .config import Profile, StethoError, write_json, write_whole
 from .encoder import Features, embed, mel_statistics, probe
 from .instructions import ALIASES, TASKS, is_right, load_pairs
@@ -184,7 +184,8 @@ def read_predictions(
 def evaluation(
     run:Run,  # the three models are read; predictions, scores and `metrics.json` are made
 ) -> pd.DataFrame:  # scores
-    "Stage 6: every system's answers to the test questions, and their scores"
+    "Stage 6: every system's answers to the test questions, and their scores. Raises `StethoError` if a stage was trained on a test recording."
+    check_recordings(contamination(run))
     p, table, features = run.profile, load_recordings(run), Features(run/"features")
     asked = choose_questions(load_pairs(run, "test"), p.evaluation_questions, p.seed)
     known = table[(table.split == "test") & table.binary.notna()]

@@ -42,9 +42,11 @@ def facts(
 
 # %% ../nbs/06_instructions.ipynb #06-008
 PATTERNS = {
-    "wheeze": r"wheez\w*", "rhonchi": r"rhonch\w*", "stridor": r"stridor", "crackle": r"crackl\w*|crepit\w*|\brales?\b", "pleural rub": r"(?:pleural|friction) rubs?",
+    "wheeze": r"wheez\w*", "rhonchi": r"rhonch\w*", "stridor": r"stridor", "crackle": r"crackl\w*|crepit\w*|\brales?\b", "pleural rub": r"pleural (?:friction )?rubs?",
     "bronchial breathing": r"bronchial breath\w*", "murmur": r"murmurs?", "third heart sound": r"third heart sounds?|\bs3\b", "fourth heart sound": r"fourth heart sounds?|\bs4\b",
-    "atrial fibrillation": r"atrial fibrillation", "tachycardia": r"tachycardi\w*", "AV block": r"\bav block|atrioventricular block",
+    "atrial fibrillation": r"atrial fibrillation", "tachycardia": r"tachycardi\w*", "bradycardia": r"bradycardi\w*", "AV block": r"\bav block|atrioventricular block",
+    "split second heart sound": r"split (?:second heart sounds?|s2\b)", "click": r"\bclicks?\b", "opening snap": r"opening snaps?", "pericardial rub": r"pericardial (?:friction )?rubs?",
+    "cough": r"\bcough\w*", "sneeze": r"\bsneez\w*", "sniffle": r"\bsniffl\w*", "throat clearing": r"throat[- ]clearing",
 }
 _finding = {k: re.compile(v) for k, v in PATTERNS.items()}
 _negation = re.compile(r"\b(?:no|not|nor|without|absent|absence of|free of|neither|lacks?)\b")

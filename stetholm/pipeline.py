@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data', 'ENVIRONMENT', 'SECONDS', 'main', 'reproduce', 'stages', 'publish', 'ask', 'newest_model', 'data_list',
-           'data_scan', 'data_join', 'data_audit', 'synthesize', 'evaluate', 'score']
+           'data_fetch', 'data_scan', 'data_join', 'data_audit', 'synthesize', 'evaluate', 'score']
 
 # %% ../nbs/15_pipeline.ipynb #15-002
 import json
@@ -206,6 +206,20 @@ def data_list(
         here = "yes" if (Path(folder)/s.key).is_dir() else "no"
         print(f"{s.key:12} {s.recordings or '?':>10} {s.hours or '?':>6}  {s.role:10} {'yes' if s.redistribution else 'no':9} {here:5} {s.licence}\n{'':12} {s.title}; {s.homepage}")
 
+@data.command("fetch")
+def data_fetch(
+    dataset: Annotated[str, typer.Argument(metavar="SET", help="a key of `stetholm data list`")],
+    out: Annotated[Optional[str], typer.Option("-o", help="folder; default recordings/<set>")] = None,
+    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="you have read the dataset's terms and accept them")] = False,
+):
+    "Download a dataset from its publisher, checked and unpacked; goes on where it was cut off"
+    from stetholm.fetch import fetch
+    from stetholm.sources import SOURCES
+    if dataset not in SOURCES: raise StethoError(f"unknown dataset {dataset!r}: choose one of {', '.join(SOURCES)}")
+    folder = Path(out or f"recordings/{dataset}")
+    fetch(SOURCES[dataset], folder, accept_licence)
+    print(f"next: stetholm data scan {dataset} {folder} -o {dataset}.parquet")
+
 @data.command("scan")
 def data_scan(
     dataset: Annotated[str, typer.Argument(metavar="SET", help="a key of `stetholm data list`")],
@@ -246,15 +260,24 @@ def data_join(
 @data.command("audit")
 def data_audit(
     table: Annotated[str, typer.Argument(help="recordings.parquet")],
-    out: Annotated[Optional[str], typer.Option("-o", help="folder for data_card.json; default: print it")] = None,
+    out: Annotated[Optional[str], typer.Option("-o", help="folder for the data card, the faults and Croissant metadata; default: print the card")] = None,
+    name: Annotated[Optional[str], typer.Option(help="of the collection, in the card; default the table's")] = None,
 ):
-    "Check that patients and sounds do not cross splits, and describe the table"
-    from stetholm.audit import check_recordings, data_card
+    "Look for everything that would spoil a result, and describe the table; exit code 1 if there is an error in it"
+    import pandas as pd
+    from stetholm.audit import audit_sounds, audit_table
+    from stetholm.card import as_markdown, data_card, sections, write_card
     from stetholm.recordings import RECORDINGS, read_table
-    recordings = read_table(table, RECORDINGS)
-    check_recordings(recordings)
-    if out: write_json(Path(out)/"data_card.json", data_card(recordings)); print(f"clean: {len(recordings)} recordings; {Path(out)/'data_card.json'}")
-    else: print(json.dumps(data_card(recordings), indent=1))
+    recordings, name = read_table(table, RECORDINGS), name or Path(table).stem
+    faults = pd.concat([audit_table(recordings), audit_sounds(recordings)], ignore_index=True)
+    if out:
+        files = write_card(recordings, table, out, name, faults)
+        write_json(Path(out)/"faults.json", json.loads(faults.to_json(orient="records")))
+        print(f"{len(recordings)} recordings; {', '.join([*files, 'faults.json'])} in {out}")
+    else: print(as_markdown(sections(data_card(recordings), name, faults)))
+    for (severity, kind), g in faults.groupby(["severity", "kind"]): print(f"{severity}: {len(g)} {kind}, the first: {g.detail.iloc[0]}: {g.remedy.iloc[0]}")
+    if (faults.severity == "error").any(): raise typer.Exit(1)
+    print("clean" if not len(faults) else "no errors")
 
 # %% ../nbs/15_pipeline.ipynb #15-019
 @app.command()

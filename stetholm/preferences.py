@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .alignment import load_model
+from .audit import note_training
 from .config import Profile, StethoError, write_whole
 from .encoder import Features
 from .instructions import is_right, load_pairs
@@ -100,6 +101,7 @@ def preferences(
     candidates = sample_candidates(load_model(run, "sft"), asked, Features(run/"features"), p)
     pairs = rank(candidates, p.preferences_margin).merge(asked[["pair_id", "instruction", "response", "task", "dataset", "recording_ids", "patient_id", "evidence"]], on="pair_id")
     if not len(pairs): raise StethoError("no preference pairs: all candidates of every question score alike; sample more with --set preferences_questions=… or lower --set preferences_margin=…", 1)
+    note_training(run, "preferences", (i for r in asked.recording_ids for i in r))
     for table, name in ((candidates, "candidates"), (pairs, "pairs")):
         with write_whole(run/f"{name}.parquet") as tmp: table.to_parquet(tmp, index=False)
     return pairs

@@ -10,6 +10,7 @@ import pandas as pd
 from peft import LoraConfig
 
 from .alignment import fit, load_model, training_rows
+from .audit import note_training
 from .config import Profile, write_whole
 from .encoder import Features
 from .instructions import load_pairs
@@ -42,6 +43,7 @@ def sft(
         trained, log = fit(lm, rows, watched, features, p, run/".trainer", p.sft_steps, p.sft_lr, p.sft_batch, p.sft_accumulation, lora(p, full))
         with write_whole(run/name) as tmp: StethoLM(trained.merge_and_unload(), lm.processor).save_pretrained(tmp)
         logs.append(log.assign(model=name))
+    note_training(run, "sft", (i for r in load_pairs(run, "train").recording_ids for i in r))
     log = pd.concat(logs, ignore_index=True)
     with write_whole(run/"sft.parquet") as tmp: log.to_parquet(tmp, index=False)
     return log

@@ -1,0 +1,159 @@
+"Fetching against a server on loopback that misbehaves, and archives that mean harm"
+import functools
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+import zipfile
+
+import pytest
+
+from stetholm.config import StethoError
+from stetholm.fetch import BY_HAND, DOWNLOADS, Download, download, fetch, unpack
+from stetholm.recordings import SOURCES
+from stetholm.sources import scan  # fills SOURCES
+
+BODY = bytes(range(256))*4000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    "Serves `files`; `cuts` of its answers stop in the middle, and with `ranges` it goes on where asked"
+    def __init__(self, shop, *args): self.shop = shop; super().__init__(*args)
+    def log_message(self, *args): pass
+
+    def do_GET(self):
+        body = self.shop["files"].get(self.path)
+        asked = self.headers.get("Range")
+        self.shop["asked"].append((self.path, asked))
+        if body is None: return self.send_error(404)
+        start = int(asked[6:-1]) if asked and self.shop["ranges"] else 0
+        if start >= len(body): self.send_response(416); self.send_header("Content-Range", f"bytes */{len(body)}"); self.send_header("Content-Length", "0"); return self.end_headers()
+        self.send_response(206 if start else 200); self.send_header("Content-Length", str(len(body) - start)); self.end_headers()
+        rest = body[start:]
+        if self.shop["cuts"] > 0: self.shop["cuts"] -= 1; rest = rest[:len(rest)//2]
+        self.wfile.write(rest)
+
+
+@pytest.fixture
+def shop():
+    "What the server has, how it misbehaves, and what it was asked"
+    shop = {"files": {"/a.bin": BODY}, "cuts": 0, "ranges": True, "asked": []}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, shop))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    shop["url"] = f"http://127.0.0.1:{server.server_port}"
+    yield shop
+    server.shutdown(); server.server_close()
+
+
+def packed(kind="zip", **files):
+    "An archive's bytes"
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+            for name, text in files.items(): z.writestr(name, text)
+    else:
+        with tarfile.open(fileobj=out, mode="w:gz") as t:
+            for name, text in files.items(): info = tarfile.TarInfo(name); info.size = len(text); t.addfile(info, io.BytesIO(text.encode()))
+    return out.getvalue()
+
+
+def test_a_whole_file(shop, tmp_path):
+    path = download(Download(f"{shop['url']}/a.bin", "a.bin", f"sha256:{hashlib.sha256(BODY).hexdigest()}"), tmp_path)
+    assert path.read_bytes() == BODY and [p.name for p in tmp_path.iterdir()] == ["a.bin"] and shop["asked"] == [("/a.bin", None)]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_cut_connection_goes_on_where_it_was_if_the_server_can(shop, tmp_path, ranges):
+    shop |= {"cuts": 2, "ranges": ranges}
+    assert download(Download(f"{shop['url']}/a.bin", "a.bin"), tmp_path, wait_s=.01).read_bytes() == BODY
+    half = len(BODY)//2
+    assert [asked for _, asked in shop["asked"]] == ([None, f"bytes={half}-", f"bytes={half + half//2}-"] if ranges else [None, f"bytes={half}-", f"bytes={half}-"])
+
+
+def test_a_connection_that_stays_cut_keeps_what_came_for_the_next_time(shop, tmp_path):
+    shop["cuts"] = 2
+    with pytest.raises(StethoError, match=r"cut off after 2 tries .*768000 bytes are kept in a.bin.part: run the same command again"): download(Download(f"{shop['url']}/a.bin", "a.bin"), tmp_path, attempts=2, wait_s=.01)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin.part"]
+    assert download(Download(f"{shop['url']}/a.bin", "a.bin"), tmp_path).read_bytes() == BODY and shop["asked"][-1] == ("/a.bin", "bytes=768000-")
+
+
+def test_a_part_that_is_complete_or_stale(shop, tmp_path):
+    (tmp_path/"a.bin.part").write_bytes(BODY)
+    assert download(Download(f"{shop['url']}/a.bin", "a.bin"), tmp_path).read_bytes() == BODY
+    (tmp_path/"b.bin.part").write_bytes(BODY + b"more"); shop["files"]["/b.bin"] = BODY
+    assert download(Download(f"{shop['url']}/b.bin", "b.bin"), tmp_path, wait_s=.01).read_bytes() == BODY
+
+
+def test_a_wrong_checksum_leaves_nothing(shop, tmp_path):
+    with pytest.raises(StethoError, match="a.bin is not the file that was expected .*sha256:00"): download(Download(f"{shop['url']}/a.bin", "a.bin", "sha256:" + "0"*64), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file(shop, tmp_path):
+    with pytest.raises(StethoError, match="none.zip cannot be had .404"): download(Download(f"{shop['url']}/none.zip", "none.zip"), tmp_path)
+    with pytest.raises(StethoError, match="cut off after 1 tries .ConnectionError"): download(Download("http://127.0.0.1:9/a.zip", "a.zip"), tmp_path, attempts=1)
+
+
+def test_a_dataset_is_fetched_once_and_scanned(shop, tmp_path, capsys):
+    shop["files"] |= {"/d.zip": packed(**{"x/labels.csv": "a,b\n", "x/y/1.txt": "one"}), "/e.tar.gz": packed("tar", **{"z.txt": "two"})}
+    want = (Download(f"{shop['url']}/d.zip", "d.zip"), Download(f"{shop['url']}/e.tar.gz", "e.tar.gz"), Download(f"{shop['url']}/a.bin", "a.bin"))
+    with pytest.raises(StethoError, match="--accept-licence") as refused: fetch(SOURCES["kauh"], tmp_path/"kauh", downloads=want)
+    assert "CC-BY-4.0" in str(refused.value) and refused.value.exit_code == 2 and not (tmp_path/"kauh").exists() and not shop["asked"]
+    assert fetch(SOURCES["kauh"], tmp_path/"kauh", True, want) == ["a.bin", "d", "e", "fetched.json"]
+    assert (tmp_path/"kauh/d/x/y/1.txt").read_text() == "one" and (tmp_path/"kauh/e/z.txt").read_text() == "two" and "CC-BY-4.0" in capsys.readouterr().out
+    n = len(shop["asked"])
+    fetch(SOURCES["kauh"], tmp_path/"kauh", True, want)
+    assert len(shop["asked"]) == n == 3 and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_file_that_changed_at_its_publisher_is_refused(shop, tmp_path):
+    want = (Download(f"{shop['url']}/a.bin", "a.bin"),)
+    fetch(SOURCES["kauh"], tmp_path, True, want)
+    (tmp_path/"a.bin").unlink(); shop["files"]["/a.bin"] = BODY + b"!"
+    with pytest.raises(StethoError, match="not the file that was expected"): fetch(SOURCES["kauh"], tmp_path, True, want)
+
+
+def evil(kind, how):
+    "A tar or zip with one bad member"
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("good.txt", "good")
+            if how == "bomb": z.writestr("big", bytes(300 << 20))
+            elif how == "link": info = zipfile.ZipInfo("link"); info.external_attr = 0o120777 << 16; z.writestr(info, "/etc")
+            elif how == "case": z.writestr("GOOD.txt", "other")
+            else: z.writestr({"up": "../evil.txt", "absolute": "/tmp/evil.txt", "backslash": "..\\evil.txt", "drive": "C:/evil.txt"}[how], "evil")
+    else:
+        with tarfile.open(fileobj=out, mode="w:gz") as t:
+            info = tarfile.TarInfo({"up": "a/../../evil.txt", "absolute": "/evil.txt"}.get(how, "bad"))
+            if how in ("link", "hard"): info.type, info.linkname = tarfile.SYMTYPE if how == "link" else tarfile.LNKTYPE, "/etc/passwd"
+            if how == "device": info.type = tarfile.CHRTYPE
+            t.addfile(info)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind, how, why", [("zip", "up", "leads out"), ("zip", "absolute", "leads out"), ("zip", "backslash", "leads out"), ("zip", "drive", "leads out"), ("zip", "link", "is a link"), ("zip", "case", "is there twice"),
+    ("zip", "bomb", "claims to hold"), ("tar", "up", "leads out"), ("tar", "absolute", "leads out"), ("tar", "link", "is a link"), ("tar", "hard", "is a link"), ("tar", "device", "is a device")])
+def test_a_malicious_archive_writes_nothing(shop, tmp_path, kind, how, why):
+    name = "a.zip" if kind == "zip" else "a.tar.gz"
+    shop["files"][f"/{name}"] = evil(kind, how)
+    with pytest.raises(StethoError, match=why): fetch(SOURCES["kauh"], tmp_path/"in/kauh", True, (Download(f"{shop['url']}/{name}", name),))
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {f"in/kauh/.downloads/{name}"}
+
+
+@pytest.mark.parametrize("cut", [.3, .7, .98])
+def test_a_damaged_archive(tmp_path, cut):
+    import os
+    for name, body in (("a.zip", packed(**{f"{i}": os.urandom(2000).hex() for i in range(20)})), ("a.tar.gz", packed("tar", **{f"{i}": os.urandom(2000).hex() for i in range(20)}))):
+        (tmp_path/name).write_bytes(body[:int(cut*len(body))])
+        with pytest.raises(StethoError, match="damaged|no whole"): unpack(tmp_path/name, tmp_path/"out")
+    assert not (tmp_path/"out").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_dataset_can_be_fetched_or_says_how_to_get_it(stetholm):
+    assert set(DOWNLOADS) | set(BY_HAND) == set(SOURCES) and not set(DOWNLOADS) & set(BY_HAND)
+    assert all(d.url.startswith("https://") for ds in DOWNLOADS.values() for d in ds)
+    for words, code, said in ((("mimic",), 2, "unknown dataset"), (("circor",), 2, "ODC-BY-1.0"), (("tr", "--accept-licence"), 1, "Download All")):
+        done = stetholm("data", "fetch", *words)
+        assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr and not list(stetholm.cwd.iterdir())
