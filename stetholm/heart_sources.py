@@ -152,7 +152,7 @@ def read_zchsound(scan:Scan):
 # %% ../nbs/02g_heart_sources.ipynb #02g-018
 _VALVES = {"AS": "aortic stenosis", "AR": "aortic regurgitation", "MR": "mitral regurgitation", "MS": "mitral stenosis"}
 
-@source("bmd_hs", "BMD-HS (BUET multi-disease heart sounds)", "none stated", False, "https://github.com/sani002/BMD-HS-Dataset",
+@source("bmd_hs", "BMD-HS (BUET multi-disease heart sounds)", "CC-BY-NC-ND-4.0", False, "https://github.com/sani002/BMD-HS-Dataset",
         "Ali S.N. et al., BUET Multi-disease Heart Sound Dataset: A Comprehensive Auscultation Dataset for Developing Computer-Aided Diagnostic Systems, 2024, arXiv:2409.00724", "ood", 872, None)
 def read_bmd_hs(scan:Scan):
     "`<disease>_<patient>_<sup|sit>_<valve>.wav` with `train.csv` and `additional_metadata.csv`"
@@ -160,7 +160,7 @@ def read_bmd_hs(scan:Scan):
     for path in (p for p in scan.find("train.csv", needed=True) if p.name == "train.csv"):
         for i, row in scan.table(path, need=("patient_id", *_VALVES, "N")):
             with scan.at(path, i):
-                if {row[k] for k in (*_VALVES, "N")} - {"0", "1"}: raise StethoError(f"{path} row {i}: {', '.join(_VALVES)} and N are 0 or 1: mend that row")
+                if {row[k] for k in (*_VALVES, "N")} - {"0", "1"} and {row[k] for k in (*_VALVES, "N")} != {"N/A"}: raise StethoError(f"{path} row {i}: {', '.join(_VALVES)} and N are 0 or 1, or N/A together: mend that row")
                 people[_number(row["patient_id"])] = row
     for path in scan.find("additional_metadata.csv"): more |= {_number(row["patient_id"]): row for i, row in scan.table(path, need=("patient_id", "Age", "Gender"))}
     for path in scan.audio():
@@ -169,8 +169,9 @@ def read_bmd_hs(scan:Scan):
             if not m: raise StethoError(f"{path} is not named <disease>_<patient>_<sup|sit>_<Mit|Tri|Pul|Aor>.wav: give it its published name")
             if _number(m[2]) not in people: raise StethoError(f"{path}: patient {m[2]} is not in train.csv: add its row")
             row, who = people[_number(m[2])], more.get(_number(m[2]), {})
-            ill = [name for k, name in _VALVES.items() if row[k] == "1"]
-            scan.add(path, m[2], "heart", ["abnormal" if ill else "normal"], "abnormal" if ill else "normal", site=to_site("bmd_hs", m[4], path.name), diagnosis=" and ".join(ill) or "normal", age=who.get("Age"),
+            ill, verdict = [name for k, name in _VALVES.items() if row[k] == "1"], "normal" if m[1] == "N" else "abnormal"
+            if row["N"] != "N/A" and (row["N"] == "1") != (m[1] == "N"): raise StethoError(f"{path} is named as {m[1]}, but train.csv has N={row['N']} for patient {m[2]}: find out which is right")
+            scan.add(path, m[2], "heart", [verdict], verdict, site=to_site("bmd_hs", m[4], path.name), diagnosis=" and ".join(ill) or ("normal" if row["N"] == "1" else ""), age=who.get("Age"),
                      sex={"M": "Male", "F": "Female"}.get(who.get("Gender", "").upper()[:1]), extra={"posture": {"sup": "supine", "sit": "sitting"}[m[3]], "class": m[1], "name_suffix": m[5], **{k: who.get(k) for k in ("Smoker", "Lives")}})
 
 def _number(text): return re.sub(r"\D", "", text).lstrip("0")

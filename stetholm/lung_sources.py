@@ -23,21 +23,31 @@ def read_sprsound(scan:Scan):
     "`<patient>_<age>_<0 male|1 female>_<p1..p8>_<number>.wav` with a JSON of the same name"
     notes = {p.stem: p for p in scan.find(".json")}
     diseases = {}
-    for path in scan.find("patient_summary.csv"):
-        for i, row in scan.table(path, need=("patient_num", "disease")): diseases[row["patient_num"]] = row["disease"]
+    for path in reversed(scan.find("patient_summary.csv")):  # the database's own before the challenges'
+        for i, row in scan.table(path, need=("patient_num", "disease", "age", "gender")):
+            with scan.at(path, i): diseases.setdefault(_child(row["patient_num"].strip("-"), row["age"], row["gender"], f"{path} row {i}"), []).append(row["disease"].strip("-"))
     for path in scan.audio():
         with scan.at(path):
-            m = re.fullmatch(r"(\d+)_([\d.]+)_([01])_(p\d)_(\d+)", path.stem)
+            m = re.fullmatch(r"(\d*)_([\d.]+)_([01])_(p\d)_(\d+)", path.stem)
             if not m: raise StethoError(f"{path} is not named <patient>_<age>_<0|1>_<p1..p8>_<number>.wav: give it its published name")
             if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}.json: copy the JSON folders beside the wav folders")
             note = _json(notes[path.stem])
             whole = note.get("record_annotation", note.get("recording_annotation"))
-            events = [(e["type"], int(e["start"])/1000, int(e["end"])/1000) for e in note.get("event_annotation", [])]
+            try: events = [(e["type"], float(e["start"])/1000, float(e["end"])/1000) for e in note.get("event_annotation", [])]
+            except (KeyError, TypeError, ValueError): raise StethoError(f"{notes[path.stem]}: an event has no type, or its start and end are not numbers of ms: mend it") from None
             heard = {label for label, *_ in events}
             folders = scan.short(notes[path.stem]).lower()
-            scan.add(path, m[1], "lung", [l for l in ([whole] if whole else []) + sorted(heard)], _verdict(whole, heard), site=to_site("sprsound", m[4], path.name), diagnosis=diseases.get(m[1], ""), events=events,
+            child = _child(m[1], m[2], m[3], path.name)
+            listed = list(dict.fromkeys(d for d in diseases.get(child, ()) if d))
+            scan.add(path, child, "lung", [l for l in ([whole] if whole else []) + sorted(heard)], _verdict(whole, heard), site=to_site("sprsound", m[4], path.name), diagnosis=listed[0] if listed and (m[1] or len(listed) == 1) else "", events=events,
                      age=m[2], sex="Female" if m[3] == "1" else "Male", device="Yunting model II stethoscope", official=next((side for part, side in _SIDES if part in folders), None),
-                     extra={"record": whole, "site_code": m[4], "number": m[5], "release": next(iter(re.findall(r"20\d\d", scan.short(path))), None)})
+                     extra={"record": whole, "site_code": m[4], "number": m[5], "release": next(iter(re.findall(r"20\d\d", scan.short(path))), None), "diagnoses_listed": listed if len(listed) > 1 else None})
+
+def _child(number, age, sex, where):
+    "The patient's number; without one, as in the later releases, all unnumbered recordings of that age and sex count as one child, so that none crosses a split"
+    if number: return number
+    try: return f"unnumbered_{float(age):g}_{dict(zip('01MF', 'MFMF'))[sex]}"
+    except (ValueError, KeyError): raise StethoError(f"{where}: age {age!r} and sex {sex!r} are not a number and one of 0, 1, M, F: mend it") from None
 
 def _verdict(whole, heard):
     if whole is None: return "abnormal" if heard - {"Normal"} else "normal" if heard else None

@@ -152,9 +152,10 @@ def kauh_zone(
 DIAGNOSES = {  # term: (SNOMED CT concept or "", other spellings in lower case)
     "normal": ("", ("n", "healthy", "control group")),
     "asthma": ("195967001", ()), "COPD": ("13645005", ()), "pneumonia": ("233604007", ()), "pneumonia (severe)": ("233604007", ()), "pneumonia (non-severe)": ("233604007", ()),
-    "bronchitis": ("32398004", ()), "bronchitis or bronchiectasis": ("", ("bron", "bronchitis/bronchiectasis (bron)")), "bronchiectasis": ("12295008", ()), "bronchiolitis": ("4120002", ()),
-    "upper respiratory tract infection": ("54150009", ("urti",)), "lower respiratory tract infection": ("50417007", ("lrti",)), "lung fibrosis": ("51615001", ()),
-    "pleural effusion": ("60046008", ("plueral effusion",)), "heart failure": ("84114007", ()), "other respiratory disease": ("", ("other respiratory diseases",)), "croup": ("71186008", ()),
+    "bronchitis": ("32398004", ()), "bronchitis or bronchiectasis": ("", ("bron", "bronchitis/bronchiectasis (bron)")), "bronchiectasis": ("12295008", ("bronchiectasia",)), "bronchiolitis": ("4120002", ()),
+    "upper respiratory tract infection": ("54150009", ("urti", "acute upper respiratory infection")), "protracted bacterial bronchitis": ("", ()), "chronic cough": ("68154008", ()), "airway foreign body": ("", ()),
+    "haemoptysis": ("66857006", ("hemoptysis",)), "pulmonary haemosiderosis": ("", ("pulmonary hemosiderosis",)), "Kawasaki disease": ("75053002", ()), "lower respiratory tract infection": ("50417007", ("lrti",)), "lung fibrosis": ("51615001", ()),
+    "pleural effusion": ("60046008", ("plueral effusion",)), "heart failure": ("84114007", ()), "other respiratory disease": ("", ("other respiratory diseases", "other respiratory")), "croup": ("71186008", ()),
     **{f"COPD severity {i}": ("13645005" if i else "", (f"copd{i}",)) for i in range(5)},
     "normal cardiac outcome": ("", ()), "abnormal cardiac outcome": ("", ()),
     "aortic stenosis": ("60573004", ("as",)), "aortic regurgitation": ("60234000", ("ar",)), "mitral regurgitation": ("48724000", ("mr",)), "mitral stenosis": ("79619009", ("ms",)),
