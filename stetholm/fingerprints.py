@@ -47,18 +47,18 @@ def bit_error_rate(
 # %% ../nbs/03a_fingerprints.ipynb #03a-009
 WORDS = ((0, 18), (9, 18))        # first bit and length of the two words that a frame puts into the index
 COMMON = 60                       # a word in more frames than this says nothing
-VOTES, OVERLAP, MATCH = 3, 125, .36  # least votes of an offset; least frames in common (2 s); largest bit-error rate of one recording under two names
+VOTES, OVERLAP, MATCH = 3, 125, .32  # least votes of an offset; least frames in common (2 s); largest bit-error rate of one recording under two names
 
 def similar(
     prints:list,  # a fingerprint for each recording
 ) -> pd.DataFrame:  # first, second (positions in the list), offset_s (of the second in the first), overlap_s, bit_error_rate
     "Pairs of recordings that hold the same sound for two seconds or more"
+    rows, none = {}, np.zeros(0, np.uint32)
     owner = np.repeat(np.arange(len(prints)), [len(p) for p in prints])
-    frame = np.concatenate([np.arange(len(p)) for p in prints]) if prints else np.zeros(0, int)
-    words = np.concatenate(prints) if prints else np.zeros(0, np.uint32)
-    votes = [_votes((words >> np.uint32(first)) & np.uint32(2**size - 1), owner, frame) for first, size in WORDS]
-    keys, counts = np.unique(np.concatenate(votes), return_counts=True) if len(words) else (np.zeros(0, np.int64), np.zeros(0, int))
-    rows = {}
+    frame = np.concatenate([none, *(np.arange(len(p)) for p in prints)]).astype(int)
+    words = np.concatenate([none, *prints])
+    votes = [_votes((words >> np.uint32(first)) & np.uint32(2**size - 1), owner, frame, len(prints)) for first, size in WORDS]
+    keys, counts = np.unique(np.concatenate(votes), return_counts=True)
     for key, n in zip(keys[counts >= VOTES].tolist(), counts[counts >= VOTES]):
         pair, offset = divmod(key, _SPAN)
         i, j, offset = pair // len(prints), pair % len(prints), offset - _SPAN//2
@@ -71,14 +71,14 @@ def similar(
 
 _SPAN = 1 << 20  # offsets fit in 20 bits: almost five hours
 
-def _votes(words, owner, frame):
+def _votes(words, owner, frame, recordings):
     "One key for each two frames of two recordings with one word: which recordings, and at what offset"
     order = np.argsort(words, kind="stable")
     words, owner, frame = words[order], owner[order].astype(np.int64), frame[order].astype(np.int64)
     starts = np.flatnonzero(np.r_[True, words[1:] != words[:-1]])
     sizes = np.diff(np.r_[starts, len(words)])
     group = np.repeat(sizes, sizes)
-    keys, recordings = [], owner.max() + 1
+    keys = []
     for step in range(1, COMMON):
         at = np.flatnonzero((group[:-step] <= COMMON) & (words[:-step] == words[step:]) & (owner[:-step] != owner[step:]))
         if len(at): i, j, offset = owner[at], owner[at + step], frame[at] - frame[at + step]; flip = i > j; i, j, offset = np.where(flip, j, i), np.where(flip, i, j), np.where(flip, -offset, offset); keys.append((i*recordings + j)*_SPAN + offset + _SPAN//2)

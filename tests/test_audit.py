@@ -23,7 +23,7 @@ def load(path):
 
 
 def test_changed_copies_of_real_recordings_are_found_and_nothing_else(pack):
-    chosen = pd.concat([g.sample(20, random_state=0) for _, g in pack.groupby("source")])
+    chosen = pd.concat([g.sample(25, random_state=0) for source, g in pack.groupby("source") if source != "hlscmds"])  # a manikin plays one stored sound again and again
     waves, rates = zip(*map(load, chosen.path))
     measured = precision_recall(list(waves), list(rates)).set_index("change")
     print("\n", measured.round(3))
@@ -40,10 +40,12 @@ def test_one_breath_through_three_filters_is_one_recording(recordings):
     assert all(keys[p.first][2:] == keys[p.second][2:] for p in found.itertuples())
 
 
-def test_the_pack_is_clean(pack):
+def test_the_pack_is_clean_but_for_a_manikin_that_plays_one_sound_again(pack):
     faults = pd.concat([audit_table(pack), audit_sounds(pack)])
     print("\n", faults.groupby(["severity", "kind"]).size())
     assert not len(faults[faults.severity == "error"]), faults[faults.severity == "error"].detail.tolist()
+    double = faults[faults.kind.str.contains("near-duplicate|identical")]
+    assert len(double) and all(i.startswith("hlscmds_") for pair in double.recordings for i in pair)
 
 
 def test_unrelated_sounds_share_half_their_bits():
