@@ -31,6 +31,17 @@ def test_changed_copies_of_real_recordings_are_found_and_nothing_else(pack):
     assert measured.precision.min() >= .98 and measured.recall.mean() >= .95 and measured.recall.min() >= .85
 
 
+def test_a_large_collection_is_compared_in_blocks_with_the_same_result(pack, monkeypatch):
+    some = pack[pack.source.isin(["hlscmds", "kauh"])]
+    prints = [h.print for h in listen(some.path)]
+    at_once = similar(prints)
+    monkeypatch.setattr("stetholm.fingerprints.BLOCK", 15_000)
+    in_blocks = similar(prints)
+    assert len(at_once) > 50 and sum(map(len, prints)) > 10*15_000
+    both = at_once.merge(in_blocks, on=["first", "second"])
+    assert len(both) == len(at_once)  # the rarer the words of a block, the more of them vote: blocks may find more, never less
+
+
 def test_one_breath_through_three_filters_is_one_recording(recordings):
     folder = recordings.parent/"layouts/KAUH/Audio Files"
     names = {p.name.split("_")[0]: p for p in folder.glob("*.wav")}

@@ -142,6 +142,37 @@ def test_icbhi_without_recordings_says_so(layouts):
     with pytest.raises(StethoError, match="no recordings in .*ICBHI.*wav"): scan("icbhi", layouts/"ICBHI")
 
 
+def tiny(path, i, rate=4000):
+    "A quarter of a second of sound that no other file has"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, .1*np.random.default_rng(i).standard_normal(rate//4), rate)
+
+
+def test_all_535_recordings_of_hlscmds_by_their_published_names(layouts, tmp_path):
+    names = [pd.read_csv(layouts/f"HLS-CMDS/{kind}.csv", dtype=str) for kind in ("HS", "LS", "Mix")]
+    for kind in ("HS", "LS", "Mix"): shutil.copy(layouts/f"HLS-CMDS/{kind}.csv", tmp_path)
+    renamed = names[1]["Lung Sound ID"].str.strip().str.replace(r"^(.)_G_", r"\1_CC_", regex=True).str.replace(r"^(.)_C_", r"\1_FC_", regex=True)
+    stems = [f"HS/{s.strip()}" for s in names[0]["Heart Sound ID"]] + [f"LS/{s}" for s in renamed] + [f"Mix/{s.strip()}" for c in ("Heart Sound ID", "Lung Sound ID", "Mixed Sound ID") for s in names[2][c]]
+    for i, stem in enumerate(stems): tiny(tmp_path/f"{stem}.wav", i)
+    t = rows("hlscmds", tmp_path)
+    assert len(t) == len(stems) == SOURCES["hlscmds"].recordings and set(t.split) == {"test"} and t.site.notna().all()
+    mixed = t[t.index.str.contains("_M0")]
+    assert len(mixed) == 145 and all(len(more(r)["parts"]) == 2 and more(r)["heart_sound"] and more(r)["lung_sound"] for r in mixed.itertuples())
+
+
+def test_all_920_recordings_of_icbhi_by_their_published_names(layouts, tmp_path):
+    for p in (layouts/"ICBHI").glob("*.*"): shutil.copy(p, tmp_path)
+    listed = dict(line.split() for line in (layouts/"ICBHI/ICBHI_challenge_train_test.txt").read_text().splitlines())
+    for i, stem in enumerate(listed):
+        tiny(tmp_path/f"ICBHI_final_database/{stem}.wav", i)
+        (tmp_path/f"ICBHI_final_database/{stem}.txt").write_text(f"0\t0.2\t{i % 2}\t{i // 2 % 2}\n")
+    t = rows("icbhi", tmp_path)
+    assert len(t) == len(listed) == SOURCES["icbhi"].recordings and t.patient_id.nunique() == 126 and t.diagnosis.notna().all() and t.device.nunique() == 4
+    moved = {i for i in t.index if listed[i.removeprefix("icbhi_")] == "test" and t.split[i] != "test"}
+    assert {i.split("_")[1] for i in moved} == {"156", "218"} and t.groupby("patient_id").split.nunique().max() == 1
+    assert (t.split == "test").sum() == sum(side == "test" for side in listed.values()) - len(moved)
+
+
 @pytest.mark.parametrize("key, name", [("kauh", "KAUH"), ("circor", "CirCor"), ("sprsound", "SPRSound"), ("hlscmds", "HLS-CMDS"), ("cinc2016", "CinC2016")])
 def test_the_layout_may_begin_anywhere_below_the_folder(layouts, tmp_path, key, name):
     shutil.copytree(layouts/name, tmp_path/"a/b c/d")
