@@ -46,7 +46,7 @@ def predict(
     profile:Profile,     # `evaluation_*`
 ) -> list:               # one row a question: pair_id, model, generated, seconds
     "The system's answer to every question; batched, left-padded, none dropped"
-    rows, order = [], pairs.assign(n=pairs.instruction.str.len()).sort_values(["n", "pair_id"])
+    rows, order = [], pairs.assign(n=pairs.instruction.str.len()).sort_values(["task", "n", "pair_id"])  # a batch takes as long as its longest answer, and a task's are of like length
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     for start in range(0, len(order), profile.evaluation_batch):
         part = order.iloc[start:start + profile.evaluation_batch]; begun = time.perf_counter()
