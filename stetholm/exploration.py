@@ -94,12 +94,12 @@ def ages(
         axes[0].scatter(y.clip(lower=1/365), i + rng.uniform(-.28, .28, len(y)), s=9, alpha=.5, color=PALETTE[0], lw=0)
         groups = words.dropna().value_counts()
         for g, n in groups[groups.index.isin(AGE_GROUPS)].items():
-            a, b = AGE_GROUPS[g]; axes[0].barh(i, b - a, left=a, height=.62, color=PALETTE[1], alpha=.35, edgecolor="white"); axes[0].text(np.sqrt(a*b), i, f"{n}\n{g.lower()}", ha="center", va="center", fontsize=6.5)
+            a, b = AGE_GROUPS[g]; axes[0].barh(i, b - a, left=a, height=.62, color=PALETTE[1], alpha=.35, edgecolor="white"); x = np.sqrt(a*b); axes[0].text(x, i, n, ha="center", va="center", fontsize=7); axes[0].text(x, i + (-.42, .42)[list(AGE_GROUPS).index(g) % 2], g.lower(), ha="center", va="center", fontsize=6.5)
         other = groups[~groups.index.isin(AGE_GROUPS)].sum()
         said = [f"{n} {what}" for n, what in ((len(y), "in years"), (groups.sum() - other, "in groups"), (other, "in other words"), (words.isna().sum(), "not given")) if n]
         axes[0].text(1.02, i, "\n".join(said), transform=axes[0].get_yaxis_transform(), va="center", fontsize="x-small")
-    axes[0].set(xscale="log", xlim=(.06, 110), ylim=(len(order) - .5, -.5), yticks=range(len(order)), yticklabels=order, xlabel="age (years, logarithmic)", title="Patients' ages: where sources meet, and where they do not")
-    axes[0].set_xticks(ticks := [.1, .3, 1, 3, 10, 30, 100], map(str, ticks)); axes[0].grid(axis="x", color=".92"); axes[0].set_axisbelow(True); sns.despine(ax=axes[0], left=True)
+    axes[0].set(xscale="log", xlim=(.002 if (t.age == "Neonate").any() or years.min() < .08 else .08, 110), ylim=(len(order) - .5, -.5), yticks=range(len(order)), yticklabels=order, xlabel="age (years, logarithmic)", title="Patients' ages: where sources meet, and where they do not")
+    axes[0].set_xticks(ticks := [.01, .1, .3, 1, 3, 10, 30, 100][years.min() >= .08 and not (t.age == "Neonate").any():], map(str, ticks)); axes[0].grid(axis="x", color=".92"); axes[0].set_axisbelow(True); sns.despine(ax=axes[0], left=True)
     sexes = t.groupby(["source", t.sex.fillna("not given")]).size().unstack(fill_value=0).reindex(index=order, columns=list(SEXES), fill_value=0)
     _stack(axes[1], 100*sexes.div(sexes.sum(1), axis=0), SEXES, xlabel="share of patients (%)"); axes[1].set_yticklabels([])
     return fig
@@ -119,10 +119,10 @@ def durations(
         axes[0].text(1.01, i, f"{d.sum()/3600:.2g} h", transform=axes[0].get_yaxis_transform(), va="center", fontsize="small")
         rates = table.sample_rate[table.source == s].value_counts()
         axes[1].scatter(rates.index/1000, [i]*len(rates), s=40, color=PALETTE[1])
-        for r, n in rates.items(): axes[1].text(r/1000, i - .3, f"{n:,}", ha="center", va="bottom", fontsize="small")
+        for r, n in rates.items(): axes[1].text(1.08*r/1000, i, f"{n:,}", va="center", fontsize="small")
     if table.duration_s.max() > 4*max(table.duration_s.median(), 1): axes[0].set_xscale("log")
-    axes[0].set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - .5, -.8), xlabel="length of a recording (s); the line is the median", title="Lengths differ between sources")
-    axes[1].axvline(profile.sample_rate/1000, color="grey", lw=1, ls=":"); axes[1].set(xscale="log", xlabel="sample rate (kHz); dotted: the encoder's", title="So do sample rates")
+    axes[0].set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - .5, -.8), xlabel="length of a recording (s); the line is the median", title="Do lengths give the source away?")
+    axes[1].axvline(profile.sample_rate/1000, color="grey", lw=1, ls=":"); axes[1].set(xscale="log", xlabel="sample rate (kHz); dotted: the encoder's", title="Do sample rates?")
     ticks = sorted({*table.sample_rate.unique(), profile.sample_rate}); axes[1].set_xticks([r/1000 for r in ticks], [f"{r/1000:g}" for r in ticks]); axes[1].minorticks_off(); axes[1].margins(x=.3)
     for ax in axes: ax.grid(axis="x", color=".92"); ax.set_axisbelow(True); sns.despine(ax=ax, left=True)
     return fig
@@ -130,19 +130,25 @@ def durations(
 # %% ../nbs/05_exploration.ipynb #05-020
 def examples(
     table:pd.DataFrame,  # recordings
-    most:int=12,         # at most so many, the commonest families
-) -> list:               # (name, row of the table, start in s of the part to show)
-    "A training recording for each family of findings and for the normal of each domain"
-    train = table[table.split == "train"].reset_index(drop=True).sort_values("recording_id", ignore_index=True); heard = train.findings.map(families); out = []
-    common = pd.Series([f for fs in heard for f in fs], dtype=object).value_counts()
-    for f in sorted(common.index, key=lambda f: (-common[f], f))[:most - 2]:
-        of = train[[f in fs for fs in heard]]; marks = of.events.map(lambda events: [e["start_s"] for e in events if e["label"] in FINDINGS and FINDINGS[e["label"]].family == f])
-        best = marks.map(len).to_numpy().argmax(); starts = marks.iloc[best]
-        out.append((f, of.iloc[best], max(0., starts[0] - .5) if len(starts) else 0.))
+    mel:pd.DataFrame,    # of `spectra`
+    most:int=10,         # at most so many
+) -> list:               # (finding, row of the table, start in s of the part to show)
+    "A training recording for each finding and for the normal of each domain"
+    train = table[table.split == "train"].reset_index(drop=True).sort_values("recording_id", ignore_index=True)
+    highest = [c for c in mel if c.startswith("mean_")]; hiss = mel.loc[train.recording_id, highest[-len(highest)//4:]].mean(1).to_numpy(); out = []
+    n = train.findings.explode().dropna().value_counts(); terms = sorted(n.index, key=lambda t: (-n[t], t)); first = {FINDINGS[t].family: t for t in reversed(terms)}
+    for t in sorted(terms, key=lambda t: first[FINDINGS[t].family] != t)[:most - 2]:
+        has = [t in f for f in train.findings]; starts = [[e["start_s"] for e in events if e["label"] == t] for events in train.events[has]]
+        best = min(range(len(starts)), key=lambda i: (-len(starts[i]), hiss[has][i]))
+        out.append((t, train[has].iloc[best], _first(starts[best] or [e["start_s"] for e in train.events[has].iloc[best]])))
     for d in sorted(train.domain.unique()):
-        normal = train[(train.domain == d) & (train.binary == "normal")]
-        if len(normal): out.append((f"normal {d}", normal.iloc[normal.events.map(len).to_numpy().argmax()], 0.))
+        normal = ((train.domain == d) & (train.binary == "normal")).to_numpy()
+        if not normal.any(): continue
+        events = train.events[normal].tolist(); best = min(range(len(events)), key=lambda i: (len(events[i]) < 5, hiss[normal][i]))
+        out.append((f"normal {d}", train[normal].iloc[best], _first([e["start_s"] for e in events[best]])))
     return out
+
+def _first(starts): return max(0., min(starts) - .5) if starts else 0.
 
 # %% ../nbs/05_exploration.ipynb #05-021
 MARKS = {"S1": PALETTE[0], "S2": PALETTE[9], "systole": None, "diastole": None, "normal breath": PALETTE[2], "inspiration": PALETTE[2], "expiration": PALETTE[8], "not annotated": None}
@@ -161,18 +167,18 @@ def spectrogram(
     "The log-mel spectrogram of a part of a recording, its events marked on top"
     wave = load_audio(recording.path, profile.sample_rate)
     start = max(0., min(start, len(wave)/profile.sample_rate - seconds)); wave = wave[int(start*profile.sample_rate):int((start + seconds)*profile.sample_rate)]
-    mel = log_mel(profile)(torch.from_numpy(np.ascontiguousarray(wave)))[..., :len(wave)//profile.hop].numpy(); end = start + len(wave)/profile.sample_rate
+    mel = log_mel(profile)(torch.from_numpy(np.ascontiguousarray(wave)))[..., :len(wave)//profile.hop].numpy(); mel, end = mel - mel.max(), start + len(wave)/profile.sample_rate
     fig, (top, ax) = plt.subplots(2, 1, figsize=(8.6, 1.95), height_ratios=(.22, 1), sharex=True, layout="constrained", gridspec_kw=dict(hspace=.02))
-    im = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(start, end, 0, profile.n_mels), vmin=mel.max() - 60, vmax=mel.max(), interpolation="nearest")
-    centres = mel_centres(profile); ticks = [f for f in (100, 200, 500, 1000, 2000, 4000) if centres[0] <= f <= profile.fmax]
-    ax.set(xlabel="time (s)", ylabel="frequency (Hz)", xlim=(start, end)); ax.set_yticks(np.interp(ticks, centres, np.arange(profile.n_mels) + .5), ticks); fig.colorbar(im, ax=ax, label="dB", pad=.01, aspect=8)
+    im = ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(start, end, 0, profile.n_mels), vmin=-60, vmax=0, interpolation="nearest")
+    centres = mel_centres(profile); ticks = [f for f in (100, 500, 1000, 2000, 4000, 8000) if centres[0] <= f <= profile.fmax]
+    ax.set(xlabel="time (s)", ylabel="frequency (Hz)", xlim=(start, end)); ax.set_yticks(np.interp(ticks, centres, np.arange(profile.n_mels) + .5), ticks); fig.colorbar(im, ax=ax, label="dB from\nthe loudest", pad=.01, aspect=8)
     shown = [e for e in recording.events if _colour(e["label"]) is not None and e["end_s"] > start and e["start_s"] < end]; lanes = []
     for e in sorted(shown, key=lambda e: e["start_s"]):
         lane = next((i for i, free in enumerate(lanes) if free <= e["start_s"] + 1e-3), len(lanes)); lanes[lane:lane + 1] = [e["end_s"]]
         a, b = max(start, e["start_s"]), min(end, e["end_s"])
         top.barh(lane, b - a, left=a, height=.9, color=_colour(e["label"]), lw=0)
         for edge in (a, b): ax.axvline(edge, color=_colour(e["label"]), lw=.7, alpha=.8)
-        if b - a > .011*len(e["label"])*seconds: top.text((a + b)/2, lane, e["label"], ha="center", va="center", fontsize=6.5, color="white", clip_on=True)
+        if b - a > .0075*len(e["label"])*seconds: top.text((a + b)/2, lane, e["label"], ha="center", va="center", fontsize=6.5, color="white", clip_on=True)
     top.set_ylim(max(len(lanes), 1) - .5, -.5); top.axis("off")
     top.set_title(f"{name}: {recording.recording_id}" + (f", {recording.site}" if isinstance(recording.site, str) else "") + ("" if shown else " (no events marked)"), fontsize="medium", loc="left")
     return fig, wave
@@ -188,9 +194,9 @@ def cooccurrence(
     diagnosis = table.diagnosis.dropna(); n = diagnosis.value_counts(); kept = sorted(n.index[n >= least], key=lambda d: (-n[d], d))
     share = pd.DataFrame({f"{d} ({n[d]})": 100*terms.loc[diagnosis.index[diagnosis == d]].mean() for d in kept}).T.assign(**{"none named": [100*(terms.loc[diagnosis.index[diagnosis == d]].sum(1) == 0).mean() for d in kept]}) if kept else pd.DataFrame()
     wide, high = max(3, .3*len(both)), max(2., .26*len(both))
-    fig, axes = plt.subplots(1, 2, figsize=(min(13, 3.6 + 2.1*wide), 1.9 + max(high, .23*len(share))), width_ratios=(len(both) + 1e-9, len(both) + 1), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(min(11.5, 3.6 + 2.1*wide), 1.9 + max(high, .23*len(share))), width_ratios=(len(both) + 1e-9, len(both) + 1), layout="constrained")
     if len(both): sns.heatmap(both.where(np.tril(np.ones(both.shape, bool)) & (both > 0)), annot=True, fmt=".0f", annot_kws=dict(fontsize=7), cmap="Blues", norm=LogNorm(1, max(10, 3*both.to_numpy().max())), cbar=False, linewidths=.4, linecolor=".93", ax=axes[0])
     if share.size: sns.heatmap(share.where(share > 0), annot=True, fmt=".0f", annot_kws=dict(fontsize=7), cmap="cividis", vmin=0, vmax=100, cbar_kws=dict(label="share of its recordings (%)"), linewidths=.4, linecolor=".93", ax=axes[1])
-    axes[0].set_title("Few recordings have two findings"); axes[1].set_title("A diagnosis is not a finding")
+    k = terms.sum(1); axes[0].set_title(f"{(k > 1).sum():,} of {(k > 0).sum():,} recordings with findings have several", fontsize="medium"); axes[1].set_title("What is heard of each diagnosis", fontsize="medium")
     for ax in axes: ax.tick_params(axis="x", rotation=50, labelsize="x-small"); ax.tick_params(axis="y", rotation=0, labelsize="x-small"); [l.set(ha="right", rotation_mode="anchor") for l in ax.get_xticklabels()]
     return fig

@@ -136,7 +136,7 @@ def class_spectra(
     table:pd.DataFrame,  # recordings
     profile:Profile,     # front-end fields
     panels:int=4,        # families a domain, the commonest
-    least:int=3,         # recordings a family
+    least:int=5,         # recordings a family
 ) -> plt.Figure:
     "Mean spectra of verdicts, and of families against the normal recordings of their own source"
     hz, over, heard = mel_centres(profile), against_normal(mean, table), table.findings.map(families); domains = sorted(table.domain.unique())
