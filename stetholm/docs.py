@@ -209,13 +209,13 @@ def build_site(
 
 # %% ../nbs/16_docs.ipynb #16-036
 DATA = {"05_exploration": dict(profile="mini"), "05a_transfer": {}}  # notebooks whose outputs are of real recordings, and the parameters they are kept with
-QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 def without_audio(
     outputs:list,  # of a cell
 ):
     "The outputs that hold no sound"
-    return [o for o in outputs if not any(k.startswith("audio/") or re.search(r"data:audio|<audio", str(v)) for k, v in o.get("data", {}).items())]
+    return [o for o in outputs if not any(k.startswith("audio/") or re.search(r"data:audio|<audio\s", str(v)) for k, v in o.get("data", {}).items())]
 
 def fewer_colours(
     png:str,  # base64
@@ -247,7 +247,7 @@ def keep_outputs(
     at = next((i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", [])), None)
     given = dict(DATA[path.stem], recordings=str(Path(recordings).resolve())) if recordings and path.stem in DATA and at is not None else {}
     if given: nb.cells.insert(at + 1, new_code_cell("\n".join(f"{k} = {v!r}" for k, v in given.items()), metadata={"tags": ["injected-parameters"]}))
-    try: NotebookClient(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute(env=os.environ | QUIET)
+    try: NotebookClient(nb, timeout=None, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=50"], resources={"metadata": {"path": str(path.parent)}}).execute(env=os.environ | QUIET)
     except CellExecutionError as e: raise StethoError(f"{path}: {e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}", 1) from None
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     for c in nb.cells:
@@ -280,7 +280,7 @@ def main(
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="for outputs: which; all by default")
     parser.add_argument("--recordings", help=f"for outputs: folder of real recordings, shown in {', '.join(DATA)}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md is out of date")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.check and args.what != "readme": parser.error("--check goes with readme")
     if (args.notebooks or args.recordings) and args.what != "outputs": parser.error("notebooks and --recordings go with outputs")
     if not Path("settings.ini").exists(): parser.error("no settings.ini here: run this in the root of the repository")

@@ -70,8 +70,8 @@ def composition(
     _stack(axes[0], splits, dict(zip(splits, PALETTE)), xlabel="recordings")
     patients = table.groupby(row).patient_id.nunique()
     for i, r in enumerate(order): axes[0].text(splits.loc[r].sum(), i, f" {patients[r]} patients", va="center", fontsize="small")
-    axes[0].set_xlim(0, 1.4*splits.sum(1).max())
-    _stack(axes[1], 100*verdicts.div(verdicts.sum(1), axis=0), VERDICTS, xlabel="share of recordings (%)"); axes[1].set_yticklabels([])
+    axes[0].set_xlim(0, 1.4*splits.sum(axis=1).max())
+    _stack(axes[1], 100*verdicts.div(verdicts.sum(axis=1), axis=0), VERDICTS, xlabel="share of recordings (%)"); axes[1].set_yticklabels([])
     if n.size: sns.heatmap(n.mask(n == 0), annot=True, fmt=".0f", cmap="Blues", norm=LogNorm(1, max(10, 3*n.to_numpy().max())), cbar=False, linewidths=.5, linecolor=".92", ax=axes[2], annot_kws=dict(fontsize=8))
     axes[2].set(ylabel="", xlabel="recordings by family of findings\n(* in no training recording)"); axes[2].set_yticks([]); axes[2].set_xticks(np.arange(n.shape[1]) + .5, [f if f in trained else f"{f} *" for f in n], rotation=40, ha="right", rotation_mode="anchor", fontsize="small")
     if title: fig.suptitle(title)
@@ -87,7 +87,7 @@ def ages(
 ) -> plt.Figure:
     "Each source's patients by age, in years or groups, and by sex"
     t = table.drop_duplicates(["source", "patient_id"]); order, rng = sorted(t.source.unique()), np.random.default_rng(seed)
-    years = pd.to_numeric(t.age, errors="coerce").astype(float)
+    years = pd.to_numeric(t.age, errors="coerce").astype(float); young = bool((t.age == "Neonate").any() or years.min() < .08)  # the axis starts at a day
     fig, axes = plt.subplots(1, 2, figsize=(11, 1.7 + .45*len(order)), width_ratios=(1.7, 1), layout="constrained")
     for i, s in enumerate(order):
         y, words = years[(t.source == s) & years.notna()], t.age[(t.source == s) & years.isna()]
@@ -98,10 +98,10 @@ def ages(
         other = groups[~groups.index.isin(AGE_GROUPS)].sum()
         said = [f"{n} {what}" for n, what in ((len(y), "in years"), (groups.sum() - other, "in groups"), (other, "in other words"), (words.isna().sum(), "not given")) if n]
         axes[0].text(1.02, i, "\n".join(said), transform=axes[0].get_yaxis_transform(), va="center", fontsize="x-small")
-    axes[0].set(xscale="log", xlim=(.002 if (t.age == "Neonate").any() or years.min() < .08 else .08, 110), ylim=(len(order) - .5, -.5), yticks=range(len(order)), yticklabels=order, xlabel="age (years, logarithmic)", title="Patients' ages: where sources meet, and where they do not")
-    axes[0].set_xticks(ticks := [.01, .1, .3, 1, 3, 10, 30, 100][years.min() >= .08 and not (t.age == "Neonate").any():], map(str, ticks)); axes[0].grid(axis="x", color=".92"); axes[0].set_axisbelow(True); sns.despine(ax=axes[0], left=True)
+    axes[0].set(xscale="log", xlim=(.002 if young else .08, 110), ylim=(len(order) - .5, -.5), yticks=range(len(order)), yticklabels=order, xlabel="age (years, logarithmic)", title="Patients' ages: where sources meet, and where they do not")
+    axes[0].set_xticks(ticks := [.01]*young + [.1, .3, 1, 3, 10, 30, 100], map(str, ticks)); axes[0].grid(axis="x", color=".92"); axes[0].set_axisbelow(True); sns.despine(ax=axes[0], left=True)
     sexes = t.groupby(["source", t.sex.fillna("not given")]).size().unstack(fill_value=0).reindex(index=order, columns=list(SEXES), fill_value=0)
-    _stack(axes[1], 100*sexes.div(sexes.sum(1), axis=0), SEXES, xlabel="share of patients (%)"); axes[1].set_yticklabels([])
+    _stack(axes[1], 100*sexes.div(sexes.sum(axis=1), axis=0), SEXES, xlabel="share of patients (%)"); axes[1].set_yticklabels([])
     return fig
 
 # %% ../nbs/05_exploration.ipynb #05-017
@@ -135,7 +135,7 @@ def examples(
 ) -> list:               # (finding, row of the table, start in s of the part to show)
     "A training recording for each finding and for the normal of each domain"
     train = table[table.split == "train"].reset_index(drop=True).sort_values("recording_id", ignore_index=True)
-    highest = [c for c in mel if c.startswith("mean_")]; hiss = mel.loc[train.recording_id, highest[-len(highest)//4:]].mean(1).to_numpy(); out = []
+    highest = [c for c in mel if c.startswith("mean_")]; hiss = mel.loc[train.recording_id, highest[-len(highest)//4:]].mean(axis=1).to_numpy(); out = []
     n = train.findings.explode().dropna().value_counts(); terms = sorted(n.index, key=lambda t: (-n[t], t)); first = {FINDINGS[t].family: t for t in reversed(terms)}
     for t in sorted(terms, key=lambda t: first[FINDINGS[t].family] != t)[:most - 2]:
         has = [t in f for f in train.findings]; starts = [[e["start_s"] for e in events if e["label"] == t] for events in train.events[has]]
@@ -192,11 +192,11 @@ def cooccurrence(
     terms = pd.DataFrame([{t: 1 for t in f} for f in table.findings], index=table.index).fillna(0).astype(int); domain = {t: FINDINGS[t].domain for t in terms}
     terms = terms[sorted(terms, key=lambda t: (domain[t], -terms[t].sum(), t))]; both = terms.T @ terms
     diagnosis = table.diagnosis.dropna(); n = diagnosis.value_counts(); kept = sorted(n.index[n >= least], key=lambda d: (-n[d], d))
-    share = pd.DataFrame({f"{d} ({n[d]})": 100*terms.loc[diagnosis.index[diagnosis == d]].mean() for d in kept}).T.assign(**{"none named": [100*(terms.loc[diagnosis.index[diagnosis == d]].sum(1) == 0).mean() for d in kept]}) if kept else pd.DataFrame()
+    share = pd.DataFrame({f"{d} ({n[d]})": 100*terms.loc[diagnosis.index[diagnosis == d]].mean() for d in kept}).T.assign(**{"none named": [100*(terms.loc[diagnosis.index[diagnosis == d]].sum(axis=1) == 0).mean() for d in kept]}) if kept else pd.DataFrame()
     wide, high = max(3, .3*len(both)), max(2., .26*len(both))
     fig, axes = plt.subplots(1, 2, figsize=(min(11.5, 3.6 + 2.1*wide), 1.9 + max(high, .23*len(share))), width_ratios=(len(both) + 1e-9, len(both) + 1), layout="constrained")
     if len(both): sns.heatmap(both.where(np.tril(np.ones(both.shape, bool)) & (both > 0)), annot=True, fmt=".0f", annot_kws=dict(fontsize=7), cmap="Blues", norm=LogNorm(1, max(10, 3*both.to_numpy().max())), cbar=False, linewidths=.4, linecolor=".93", ax=axes[0])
     if share.size: sns.heatmap(share.where(share > 0), annot=True, fmt=".0f", annot_kws=dict(fontsize=7), cmap="cividis", vmin=0, vmax=100, cbar_kws=dict(label="share of its recordings (%)"), linewidths=.4, linecolor=".93", ax=axes[1])
-    k = terms.sum(1); axes[0].set_title(f"{(k > 1).sum():,} of {(k > 0).sum():,} recordings with findings have several", fontsize="medium"); axes[1].set_title("What is heard of each diagnosis", fontsize="medium")
+    k = terms.sum(axis=1); axes[0].set_title(f"{(k > 1).sum():,} of {(k > 0).sum():,} recordings with findings have several", fontsize="medium"); axes[1].set_title("What is heard of each diagnosis", fontsize="medium")
     for ax in axes: ax.tick_params(axis="x", rotation=50, labelsize="x-small"); ax.tick_params(axis="y", rotation=0, labelsize="x-small"); [l.set(ha="right", rotation_mode="anchor") for l in ax.get_xticklabels()]
     return fig
