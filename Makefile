@@ -103,10 +103,8 @@ export: $(READY)  ## notebooks -> package and README.md
 	$(BIN)/nbdev_clean
 	$(BIN)/python -m stetholm.docs readme
 
-outputs: $(READY)  ## run every notebook at profile smoke and keep what it shows
-	@for f in nbs/*.ipynb; do
-	  PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --kernel_name=python3 $$f
-	done
+outputs: $(READY)  ## run the notebooks and keep what they show (RECORDINGS=folder for those about data, NOTEBOOKS="nbs/x.ipynb ...")
+	@$(BIN)/python -m stetholm.docs outputs $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(NOTEBOOKS)
 	$(MAKE) export
 
 hooks:  ## let git refuse commits in which notebooks and package disagree

@@ -149,7 +149,7 @@ class Stage(NamedTuple):
 # %% ../nbs/00_config.ipynb #00-016
 STAGES = {s.name: s for s in [
     Stage("audit", "04_audit", (), ("recordings.parquet", "faults.parquet", "data_card.json", "data_card.md", "data_card.html", "croissant.json"), "recordings: labels, patients, splits, checks"),
-    Stage("exploration", "05_exploration", ("audit",), ("exploration.parquet",), "data exploration: what there is, in figures"),
+    Stage("exploration", "05_exploration", ("audit",), ("exploration.parquet", "spectra.parquet", "domain_shift.parquet"), "data exploration: what there is, in figures"),
     Stage("instructions", "06_instructions", ("audit",), ("stethobench.parquet",), "StethoBench: instruction-response pairs over seven tasks"),
     Stage("alignment", "09_alignment", ("audit", "instructions"), ("features", "encoder", "aligned", "alignment.parquet", "trained_on/alignment.json"), "COLA encoder, then the projector alone"),
     Stage("sft", "10_sft", ("alignment",), ("sft", "text_only", "sft.parquet", "trained_on/sft.json"), "supervised fine-tuning with LoRA, and the text-only control"),
@@ -158,7 +158,7 @@ STAGES = {s.name: s for s in [
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "exploration", "instructions", "encoder", "model", "backbones",
+MODULES = ("config", "run", "audio", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "instructions", "encoder", "model", "backbones",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017

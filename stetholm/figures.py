@@ -20,6 +20,7 @@ from .audit import load_recordings
 from .config import STAGES, write_json, write_whole
 from .encoder import Features
 from .evaluation import SYSTEMS, read_predictions
+from .exploration import composition as draw_composition
 from .instructions import TASKS
 from .run import Run, run_note, stage
 
@@ -44,20 +45,8 @@ def composition(
     run:Run,      # stage `exploration` is done
     folder:Path,  # where the figure goes
 ):
-    "Recordings of each source by split, and by family of findings"
-    counts = pd.read_parquet(run/"exploration.parquet")
-    table = load_recordings(run)
-    splits = table.groupby(["source", "split"]).size().unstack(fill_value=0).reindex(columns=["train", "val", "test"], fill_value=0)
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1, 1.5), layout="constrained")
-    splits.plot.barh(stacked=True, ax=axes[0], color=PALETTE[:3], width=.7)
-    ood = set(table[table.distribution == "ood"].source)
-    axes[0].set(xlabel="recordings", ylabel="", title=_title(run, "Patients never cross splits")); axes[0].legend(title="", frameon=False)
-    axes[0].set_yticks(range(len(splits)), [f"{s} (OOD)" if s in ood else s for s in splits.index])
-    heard = counts.assign(finding=counts.finding.where(counts.finding != "none named", counts.binary)).groupby(["finding", "source"]).recordings.sum().unstack(fill_value=0)
-    heard = heard.loc[heard.sum(1).sort_values().index]
-    heard.plot.barh(stacked=True, ax=axes[1], color=PALETTE[:heard.shape[1]], width=.75)
-    axes[1].set(xlabel="recordings", ylabel="", title="What is heard in them"); axes[1].legend(title="", frameon=False)
-    save(fig, counts, folder, "composition")
+    "Recordings of each source by split, verdict and family of findings, as stage `exploration` draws them"
+    save(draw_composition(load_recordings(run), _title(run, "Sources differ in what they hold")), pd.read_parquet(run/"exploration.parquet"), folder, "composition")
 
 # %% ../nbs/14_figures.ipynb #14-010
 def example(
