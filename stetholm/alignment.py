@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from .audio import augment
+from .augmentations import augment
 from .audit import load_recordings, note_training
 from .backbones import assemble, load_backbone
 from .config import Profile, StethoError, write_whole

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'MODULES', 'StethoError', 'Profile', 'get_profile', 'Stage', 'stages_between', 'write_whole',
-           'write_json', 'read_json', 'file_hash']
+           'write_json', 'read_json', 'file_hash', 'cut_wav', 'cache_folder']
 
 # %% ../nbs/00_config.ipynb #00-003
 import contextlib
@@ -158,7 +158,7 @@ STAGES = {s.name: s for s in [
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "instructions", "encoder", "model", "backbones",
+MODULES = ("config", "run", "audio", "augmentations", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "instructions", "encoder", "model", "backbones",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017
@@ -219,3 +219,22 @@ def file_hash(
         with open(f, "rb") as io:
             while block := io.read(1 << 20): h.update(block)
     return h.hexdigest()
+
+# %% ../nbs/00_config.ipynb #00-025
+def cut_wav(
+    path:Path,  # any file
+) -> bool:      # False for what is not RIFF, and where the header, as a stream's 0 or 0xFFFFFFFF, says nothing
+    "Whether a wav file ends before its header says"
+    path = Path(path)
+    with open(path, "rb") as f:
+        if f.read(12)[:4] != b"RIFF": return False
+        while len(chunk := f.read(8)) == 8:
+            length = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] == b"data": return length not in (0, 0xFFFFFFFF) and f.tell() + length > path.stat().st_size
+            f.seek(length + length % 2, 1)
+    return True
+
+# %% ../nbs/00_config.ipynb #00-028
+def cache_folder() -> Path:
+    "`$STETHOLM_CACHE`, else `stetholm` in the user's cache folder"
+    return Path(os.environ.get("STETHOLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"stetholm")

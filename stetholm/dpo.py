@@ -17,7 +17,7 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from .alignment import Collator, Report, load_model, trainer_settings
-from .audio import degrade
+from .augmentations import degrade
 from .audit import load_recordings, note_training
 from .config import StethoError, write_whole
 from .encoder import Features
@@ -69,7 +69,7 @@ class PreferenceCollator(Collator):
     def __init__(self,
         processor:StethoLMProcessor,  # of the model
         features:Features,            # of the run
-        degradation:str):             # a kind of `stetholm.audio.degrade`
+        degradation:str):             # a kind of `stetholm.augmentations.degrade`
         super().__init__(processor, features)
         self.degradation = degradation
 

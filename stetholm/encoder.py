@@ -22,7 +22,8 @@ from torch import nn
 from transformers import EfficientNetConfig, EfficientNetModel
 from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
-from .audio import augment, log_mel, recording_features, standardise
+from .audio import FeatureCache, standardise
+from .augmentations import augment
 from .config import Profile, StethoError, read_json, write_json, write_whole
 from .vocabulary import FINDINGS
 
@@ -46,14 +47,19 @@ def make_features(
     table:pd.DataFrame,  # recordings
     profile:Profile,     # front-end fields
     folder:Path,         # where to keep them
+    cache:Path=None,     # of features; None: `features/` of the cache folder
+    report=print,        # called with one line
 ) -> Features:
-    "The windows of every recording, through the one front end"
-    front, mels, rows, n = log_mel(profile), [], {}, 0
-    for r in table.itertuples():
-        x = recording_features(r.path, profile, front).numpy().astype(np.float16)
-        mels.append(x); rows[r.recording_id] = (n, n + len(x)); n += len(x)
+    "The windows of every recording, through the one front end or out of the cache. Raises `StethoError` on a file that cannot be read."
+    kept = FeatureCache(profile, cache)
+    counts, made = kept.fill(dict(zip(table.sha256, table.path)))
+    report(f"features: {table.sha256.nunique() - made} recordings out of the cache, {made} made")
+    ends = table.sha256.map(counts).cumsum()
     with write_whole(folder) as tmp:
-        tmp.mkdir(); np.save(tmp/"mel.npy", np.concatenate(mels)); write_json(tmp/"rows.json", rows)
+        tmp.mkdir(); mel = np.lib.format.open_memmap(tmp/"mel.npy", "w+", np.float16, (int(ends.iloc[-1]), *kept.shape))
+        for end, sha256 in zip(ends, table.sha256): mel[end-counts[sha256]:end] = kept.get(sha256)
+        mel.flush()
+        write_json(tmp/"rows.json", {r: (int(end - counts[h]), int(end)) for r, end, h in zip(table.recording_id, ends, table.sha256)})
     return Features(folder)
 
 # %% ../nbs/07_encoder.ipynb #07-008

@@ -20,7 +20,7 @@ import pandas as pd
 import pandera.pandas as pa
 import soundfile
 
-from .config import StethoError, file_hash, write_whole
+from .config import StethoError, cut_wav, file_hash, write_whole
 from .vocabulary import EVENTS, FINDINGS, to_diagnosis, to_events, to_terms
 
 # %% ../nbs/02e_recordings.ipynb #02e-005
@@ -217,19 +217,8 @@ def audio_header(
             f.seek(frames - 1)
             if len(f.read(1)) != 1: raise cut
         except soundfile.LibsndfileError: raise cut from None
-    if _cut_wav(path, size): raise cut
+    if cut_wav(path): raise cut
     return frames/info["sample_rate"], info
-
-def _cut_wav(path, size):
-    "Whether a RIFF file's data chunk says it is longer than the file; a stream's 0 and 0xFFFFFFFF say nothing"
-    with open(path, "rb") as f:
-        head = f.read(12)
-        if head[:4] != b"RIFF": return False
-        while len(chunk := f.read(8)) == 8:
-            length = int.from_bytes(chunk[4:], "little")
-            if chunk[:4] == b"data": return length not in (0, 0xFFFFFFFF) and f.tell() + length > size
-            f.seek(length + length % 2, 1)
-    return True
 
 def _events(events, seconds, where):
     "Events in the vocabulary and inside the recording, in the order of time, and a note of each that was not"
