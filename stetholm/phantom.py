@@ -127,7 +127,7 @@ def heart_recording(
 ) -> Recording:
     "The heart, with the breath below it"
     d = patient.disease
-    grade = patient.grade - d.fades[site] if d and d.murmur else 0
+    grade = max(0, patient.grade - d.fades[site]) if d and d.murmur else 0
     murmurs = (Murmur(*d.murmur, grade),) if grade > 0 else ()
     heart = patient.heart._replace(murmurs=murmurs, extras=tuple(f for f in patient.findings if f in _EXTRAS))
     x, events, beats = heart_sound(seconds, heart, rng, site, body)
@@ -234,4 +234,4 @@ def make_phantom(
         with ThreadPoolExecutor(workers) as pool: made = list(pool.map(lambda i: patient_recordings(i, seed, seconds, tmp), range(patients)))
         pd.DataFrame([row for meta, _ in made for row in meta], columns=COLUMNS).to_csv(tmp/"metadata.csv", index=False)
         pd.DataFrame([row for _, events in made for row in events], columns=["recording_id", "start_ms", "end_ms", "label"]).to_csv(tmp/"events.csv", index=False)
-    return folder
+    return Path(folder)
