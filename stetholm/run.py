@@ -216,8 +216,8 @@ def set_seed(
     seed:int,  # for Python, NumPy and torch
 ):
     "Seed every generator, and ask torch for deterministic kernels where it has them"
-    import torch, transformers
-    transformers.set_seed(seed)
+    import random, numpy, torch
+    for f in (random.seed, numpy.random.seed, torch.manual_seed): f(seed)  # transformers.set_seed does as much, and takes seconds to import
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 def device() -> str:
