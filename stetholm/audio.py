@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import math
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -62,6 +63,15 @@ def windows(
     k = min(most, math.ceil(len(wave)/size))
     return np.stack([wave[int(s):int(s)+size] for s in np.linspace(0, len(wave) - size, k)])
 
+# %% ../nbs/01_audio.ipynb #01-050
+def _one_by_one(f, waves):
+    "`f` of each waveform, a thread to each: alone, its frames fit the cache, no time goes into sharing it out, and its numbers do not depend on the batch"
+    if len(waves) == 1 or threading.current_thread() is not threading.main_thread(): return [f(w) for w in waves]  # the number of threads is the whole process's
+    threads = torch.get_num_threads(); torch.set_num_threads(1)  # what new threads begin with
+    try:
+        with ThreadPoolExecutor(threads) as pool: return list(pool.map(f, waves))
+    finally: torch.set_num_threads(threads)
+
 # %% ../nbs/01_audio.ipynb #01-016
 class LogMel(nn.Module):
     "Log-mel spectrogram in dB, equal to librosa's (`melspectrogram`, then `power_to_db` with `top_db=None`)"
@@ -84,9 +94,8 @@ class LogMel(nn.Module):
         wave:torch.Tensor,  # (..., n) waveforms
     ) -> torch.Tensor:      # (..., n_mels, 1 + n//hop) dB, float32, floor -100
         "The log-mel spectrogram of each waveform"
-        # a CPU takes one at a time: its frames fit the cache, and its numbers do not depend on what else is in the batch
-        at_once = 1 if wave.device.type == "cpu" else 256
-        mel = torch.cat([self._decibels(w) for w in wave.reshape(-1, wave.shape[-1]).split(at_once)])
+        flat = wave.reshape(-1, wave.shape[-1])
+        mel = torch.stack(_one_by_one(self._decibels, flat)) if wave.device.type == "cpu" else torch.cat([self._decibels(w) for w in flat.split(256)])
         return mel.reshape(*wave.shape[:-1], *mel.shape[-2:])
 
     def _decibels(self, wave):

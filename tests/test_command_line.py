@@ -129,9 +129,11 @@ def test_scan_audit_and_synthesize_follow_each_other(stetholm, pack):
     assert len(table) == 20 and set(table.licence) == {"CC0-1.0"}
 
     audited = stetholm("data", "audit", "recordings.parquet")
-    assert audited.returncode == 0 and json.loads(audited.stdout)["recordings"] == 20, audited.stderr
-    assert stetholm("data", "audit", "recordings.parquet", "-o", "card").stdout.startswith("clean: 20 recordings")
-    assert json.loads((stetholm.cwd/"card/data_card.json").read_text()) == json.loads(audited.stdout)
+    assert audited.returncode == 0 and audited.stdout.startswith("# Data card of recordings\n\n20 recordings of 10 patients"), audited.stderr
+    assert audited.stdout.endswith("note: 1 split with one verdict, the first: every verdict in split val is normal: scores such as AUROC need both\nno errors\n")
+    kept = stetholm("data", "audit", "recordings.parquet", "-o", "card")
+    assert kept.returncode == 0 and kept.stdout.startswith("20 recordings; data_card.json") and kept.stdout.endswith("no errors\n"), kept.stderr
+    assert json.loads((stetholm.cwd/"card/data_card.json").read_text())["recordings"] == 20 and (stetholm.cwd/"card/data_card.md").read_text().strip() in audited.stdout
 
     made = stetholm("synthesize", "recordings.parquet", "--per-task", "2", "-o", "bench.parquet")
     pairs = pd.read_parquet(stetholm.cwd/"bench.parquet")
@@ -145,7 +147,8 @@ def test_audit_refuses_a_patient_in_two_splits(stetholm, pack):
     table.loc[table.index[table.split == "train"][0], "split"] = "val"
     table.to_parquet(stetholm.cwd/"recordings.parquet")
     patient = table.patient_id[table.split == "val"].iloc[0]
-    refused(stetholm("data", "audit", "recordings.parquet"), 2, patient, "train and val")
+    audited = stetholm("data", "audit", "recordings.parquet", "-o", "card")
+    assert audited.returncode == 1 and f"error: 1 patient across splits, the first: patient {patient} is in splits train and val: a patient belongs to one split" in audited.stdout and "Traceback" not in audited.stderr
 
 
 def test_audit_refuses_a_table_that_is_not_one_of_recordings(stetholm):
