@@ -65,11 +65,10 @@ def windows(
 
 # %% ../nbs/01_audio.ipynb #01-050
 def _one_by_one(f, waves):
-    "`f` of each waveform, a thread to each: alone, its frames fit the cache, no time goes into sharing it out, and its numbers do not depend on the batch"
-    if len(waves) == 1 or threading.current_thread() is not threading.main_thread(): return [f(w) for w in waves]  # the number of threads is the whole process's
-    threads = torch.get_num_threads(); torch.set_num_threads(1)  # what new threads begin with
-    try:
-        with ThreadPoolExecutor(threads) as pool: return list(pool.map(f, waves))
+    "`f` of each waveform in turn, on one core: its frames fit the cache, sharing so little work out costs more than it brings, and its numbers do not depend on the batch"
+    if threading.current_thread() is not threading.main_thread(): return [f(w) for w in waves]  # the number of threads is the whole process's
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    try: return [f(w) for w in waves]
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/01_audio.ipynb #01-016
@@ -99,9 +98,10 @@ class LogMel(nn.Module):
         return mel.reshape(*wave.shape[:-1], *mel.shape[-2:])
 
     def _decibels(self, wave):
-        frames = F.pad(wave.double(), (self.n_fft//2,)*2).unfold(-1, self.n_fft, self.hop)
-        spec = torch.fft.rfft(frames*self.hann)
-        power = (spec.real.square() + spec.imag.square()).float()
+        padded = wave.new_zeros(*wave.shape[:-1], wave.shape[-1] + self.n_fft//2*2, dtype=torch.float64)
+        padded[..., self.n_fft//2:self.n_fft//2 + wave.shape[-1]] = wave
+        spec = torch.fft.rfft(padded.unfold(-1, self.n_fft, self.hop)*self.hann)
+        power = spec.real.square().addcmul_(spec.imag, spec.imag).float()
         return (self.mel @ power.mT).clamp_(min=1e-10).log10_().mul_(10)
 
 # %% ../nbs/01_audio.ipynb #01-017

@@ -74,7 +74,7 @@ def test_front_end_is_fast(clips):
     finally: torch.set_num_threads(threads)
     ours, librosas = (len(waves)/min(s[1:]) for s in seconds.values())
     print(f"\n{ours:.0f} clips/s, librosa {librosas:.0f}: {ours/librosas:.1f} times as fast")
-    assert ours >= 200 and ours >= 5*librosas
+    assert ours >= 200 and ours >= 2*librosas
 
 
 @pytest.fixture
