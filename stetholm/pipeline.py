@@ -7,10 +7,12 @@ __all__ = ['app', 'data', 'ENVIRONMENT', 'SECONDS', 'main', 'reproduce', 'stages
            'data_fetch', 'data_scan', 'data_join', 'data_audit', 'synthesize', 'evaluate', 'score']
 
 # %% ../nbs/15_pipeline.ipynb #15-002
+import importlib
 import json
 import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -64,6 +66,7 @@ def reproduce(
         if not is_current(this, s.name): raise StethoError(f"stage {s.name!r} comes before {wanted[0].name!r} and is missing or out of date in run {this.name!r}: run it with --from {s.name}")
     say = "SYNTHETIC phantom recordings, made by this package: the numbers say nothing about medicine" if this.synthetic else f"recordings of {this.data}"
     print(f"stetholm {profile}, run {this.name}: {say}", flush=True)
+    threading.Thread(target=importlib.import_module, args=("nbconvert",), daemon=True).start()  # needed after the first stage: read while that works
     begun, last = time.perf_counter(), run_note(this)["stages"]
     for i, s in enumerate(wanted):
         if is_current(this, s.name) and not (first and i == 0): print(f"[{i+1}/{len(wanted)}] {s.name}: up to date", flush=True); continue
