@@ -22,7 +22,6 @@ import librosa
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .config import Profile, StethoError, cache_folder, cut_wav, write_whole

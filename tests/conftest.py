@@ -67,8 +67,6 @@ class Finished(NamedTuple):
 def smoke_run(stetholm_in):
     "The phantom at the smoke profile, every stage"
     shell = stetholm_in("smoke")
-    # how fast a disk gives a gigabyte of packages for the first time is not what is measured
-    subprocess.run([sys.executable, "-c", "import papermill, nbconvert, stetholm.dpo, stetholm.figures"], check=True)
     begun = time.perf_counter()
     done = shell("reproduce", "--profile", "smoke")
     seconds = time.perf_counter() - begun

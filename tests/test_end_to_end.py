@@ -28,13 +28,8 @@ def test_run_says_first_and_last_that_it_is_synthetic(smoke_run):
     assert str(smoke_run.folder) in lines[-1] and ran(smoke_run.process) == list(STAGES)
 
 
-def test_run_takes_less_than_150_seconds(smoke_run, stetholm_in):
-    seconds = smoke_run.seconds
-    if seconds >= 150:  # once more from nothing: a neighbour on the machine may have been busy
-        begun, again = time.perf_counter(), stetholm_in("timed")("reproduce", "--profile", "smoke")
-        assert again.returncode == 0, again.stderr
-        seconds = time.perf_counter() - begun
-    assert seconds < 150
+def test_run_takes_less_than_150_seconds(smoke_run):
+    assert smoke_run.seconds < 150
 
 
 def test_run_says_how_long_is_left(smoke_run):
