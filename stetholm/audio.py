@@ -63,11 +63,13 @@ def windows(
     return np.stack([wave[int(s):int(s)+size] for s in np.linspace(0, len(wave) - size, k)])
 
 # %% ../nbs/01_audio.ipynb #01-050
-def _one_by_one(f, waves):
-    "`f` of each waveform in turn, on one core: its frames fit the cache, sharing so little work out costs more than it brings, and its numbers do not depend on the batch"
-    if threading.current_thread() is not threading.main_thread(): return [f(w) for w in waves]  # the number of threads is the whole process's
+def _share_out(f, waves, out):
+    "`f` of a part of `waves` and of `out` on each of torch's threads, which are one in every part: the numbers depend neither on the batch nor on the threads"
+    if threading.current_thread() is not threading.main_thread(): return f(waves, out)  # the number of threads is the whole process's
     threads = torch.get_num_threads(); torch.set_num_threads(1)
-    try: return [f(w) for w in waves]
+    try:
+        if min(threads, len(waves)) < 2: return f(waves, out)
+        with ThreadPoolExecutor(threads) as pool: list(pool.map(f, waves.tensor_split(threads), out.tensor_split(threads)))
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/01_audio.ipynb #01-016
@@ -87,21 +89,36 @@ class LogMel(nn.Module):
         if (mel.sum(1) == 0).any(): raise StethoError(f"n_fft {n_fft} is too short for {n_mels} mel bands at {sample_rate} Hz: some bands hold no bin")
         self.register_buffer("mel", torch.from_numpy(mel), persistent=False)
         self.register_buffer("hann", torch.hann_window(n_fft, dtype=torch.float64), persistent=False)
+        # a bin's power is its real part's square and its imaginary part's, which the matrix product adds; four groups of bands, each with the bins that it covers, are a fourth of the product
+        self.register_buffer("weights", self.mel.repeat_interleave(2, 1), persistent=False)
+        self.bands = [(slice(r[0], r[-1] + 1), slice(2*(b := mel[r].any(0).nonzero()[0])[0], 2*b[-1] + 2)) for r in np.array_split(np.arange(n_mels), 4)]
 
     def forward(self,
         wave:torch.Tensor,  # (..., n) waveforms
     ) -> torch.Tensor:      # (..., n_mels, 1 + n//hop) dB, float32, floor -100
         "The log-mel spectrogram of each waveform"
         flat = wave.reshape(-1, wave.shape[-1])
-        mel = torch.stack(_one_by_one(self._decibels, flat)) if wave.device.type == "cpu" else torch.cat([self._decibels(w) for w in flat.split(256)])
-        return mel.reshape(*wave.shape[:-1], *mel.shape[-2:])
+        out = self.mel.new_empty(len(flat), len(self.mel), 1 + (wave.shape[-1] + self.n_fft//2*2 - self.n_fft)//self.hop)
+        if wave.device.type == "cpu": _share_out(self._decibels, flat, out)
+        else:
+            for w, o in zip(flat.split(256), out.split(256)): self._decibels(w, o, len(w))
+        return out.reshape(*wave.shape[:-1], *out.shape[1:])
 
-    def _decibels(self, wave):
-        padded = wave.new_zeros(*wave.shape[:-1], wave.shape[-1] + self.n_fft//2*2, dtype=torch.float64)
-        padded[..., self.n_fft//2:self.n_fft//2 + wave.shape[-1]] = wave
-        spec = torch.fft.rfft(padded.unfold(-1, self.n_fft, self.hop)*self.hann)
-        power = spec.real.square().addcmul_(spec.imag, spec.imag).float()
-        return (self.mel @ power.mT).clamp_(min=1e-10).log10_().mul_(10)
+    def _decibels(self, waves, out, at_once=1):
+        "The spectrograms of `waves` into `out`. What lies between is written to the same memory again and again: fetching new costs as much as the arithmetic."
+        n, half = waves.shape[-1], self.n_fft//2
+        padded = self.hann.new_zeros(at_once, n + 2*half); middle = padded[:, half:half + n]
+        frames = padded.unfold(-1, self.n_fft, self.hop)
+        windowed = torch.empty_like(frames, memory_format=torch.contiguous_format)
+        spec = windowed.new_empty(*frames.shape[:-1], half + 1, dtype=torch.complex128)
+        single = torch.empty_like(spec, dtype=torch.complex64); parts = torch.view_as_real(single).view(-1, 2*half + 2)
+        power = self.mel.new_empty(len(self.mel), len(parts)); by_wave = power.view(len(power), at_once, -1).transpose(0, 1)
+        products = [(self.weights[rows, bins].contiguous(), parts[:, bins].T, power[rows]) for rows, bins in self.bands]
+        for wave, decibels in zip(waves.split(at_once), out.split(at_once)):
+            middle.copy_(wave)
+            single.copy_(torch.fft.rfft(torch.mul(frames, self.hann, out=windowed), out=spec)); parts.square_()
+            for weights, squares, sums in products: torch.mm(weights, squares, out=sums)
+            power.clamp_(min=1e-10); torch.log10(by_wave, out=decibels).mul_(10)
 
 # %% ../nbs/01_audio.ipynb #01-017
 def log_mel(
