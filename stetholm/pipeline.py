@@ -66,12 +66,18 @@ def reproduce(
         if not is_current(this, s.name): raise StethoError(f"stage {s.name!r} comes before {wanted[0].name!r} and is missing or out of date in run {this.name!r}: run it with --from {s.name}")
     say = "SYNTHETIC phantom recordings, made by this package: the numbers say nothing about medicine" if this.synthetic else f"recordings of {this.data}"
     print(f"stetholm {profile}, run {this.name}: {say}", flush=True)
-    threading.Thread(target=importlib.import_module, args=("nbconvert",), daemon=True).start()  # needed after the first stage: read while that works
-    begun, last = time.perf_counter(), run_note(this)["stages"]
-    for i, s in enumerate(wanted):
-        if is_current(this, s.name) and not (first and i == 0): print(f"[{i+1}/{len(wanted)}] {s.name}: up to date", flush=True); continue
-        print(f"[{i+1}/{len(wanted)}] {s.name}: {s.title}", flush=True)
-        _run_stage(this, s, profile, recordings, run, overrides, _clock(begun, wanted, i, last))
+    begun, last, kernels = time.perf_counter(), run_note(this)["stages"], {}
+    due = lambda i: i < len(wanted) and (bool(first and i == 0) or not is_current(this, wanted[i].name))
+    try:
+        for i, s in enumerate(wanted):
+            print(f"[{i+1}/{len(wanted)}] {s.name}: {s.title if due(i) else 'up to date'}", flush=True)
+            if not due(i): continue
+            for j in (i, i + 1):
+                if due(j) and j not in kernels: kernels[j] = _kernel(wanted[j])
+            _run_stage(this, s, kernels[i], profile, recordings, run, overrides, _clock(begun, wanted, i, last))
+            kernels.pop(i).shutdown_kernel(now=True)
+    finally:
+        for k in kernels.values(): k.shutdown_kernel(now=True)
     print(f"done in {(time.perf_counter() - begun)/60:.1f} min: {this.folder}; {say}", flush=True)
 
 # %% ../nbs/15_pipeline.ipynb #15-010
@@ -94,13 +100,25 @@ def _clock(begun, wanted, i, last):
     return lambda: max(0., pace*sum(usual[i:]) - (time.perf_counter() - start))/60
 
 # %% ../nbs/15_pipeline.ipynb #15-012
-def _run_stage(run, s, profile, recordings, name, overrides, left):
-    "Execute the notebook of stage `s`; raises `StethoError` with the way on if a cell fails"
+def _notebook(s):
+    "Where the notebook of stage `s` lies"
+    source = package_folder().parent/f"nbs/{s.notebook}.ipynb"
+    if not source.is_file(): raise StethoError(f"no notebook at {source}: stetholm runs from a checkout with nbs/ (pip install -e .)", 1)
+    return source
+
+def _kernel(s):
+    "A kernel that is importing the module of stage `s`"
+    from jupyter_client import KernelManager
+    kernel = KernelManager(kernel_name="python3")
+    kernel.start_kernel(cwd=str(_notebook(s).parent), extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines=import stetholm.{s.name}; del stetholm"])
+    return kernel
+
+def _run_stage(run, s, kernel, profile, recordings, name, overrides, left):
+    "Execute the notebook of stage `s` in its kernel; raises `StethoError` with the way on if a cell fails"
     import papermill
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
-    source, kept = package_folder().parent/f"nbs/{s.notebook}.ipynb", run/f"notebooks/{s.notebook}.ipynb"
-    if not source.is_file(): raise StethoError(f"no notebook at {source}: stetholm runs from a checkout with nbs/ (pip install -e .)", 1)
+    source, kept = _notebook(s), run/f"notebooks/{s.notebook}.ipynb"
     parameters = dict(profile=profile, run=run.name, recordings=str(run.recordings) if run.recordings else None, overrides=overrides)
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: raise StethoError(f"{source} has no parameter {', '.join(sorted(unknown))}: its parameters cell was changed")
@@ -108,8 +126,8 @@ def _run_stage(run, s, profile, recordings, name, overrides, left):
     failed = None
     try:
         with write_whole(kept) as tmp:
-            try: papermill.execute_notebook(str(source), str(tmp), parameters, engine_name="announced", kernel_name="python3", cwd=str(source.parent), progress_bar=False,
-                                            stdout_file=sys.stdout, autosave_cell_every=0, extra_arguments=["--IPKernelApp.log_level=50"])
+            try: papermill.execute_notebook(str(source), str(tmp), parameters, engine_name="announced", km=kernel, kernel_name="python3", start_timeout=600, cwd=str(source.parent), progress_bar=False,
+                                            stdout_file=sys.stdout, autosave_cell_every=0)
             except PapermillExecutionError as e: failed = f"cell {e.cell_index + 1} of {s.notebook}.ipynb: " + (e.evalue if e.ename == "StethoError" else f"{e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}")
         _html(kept)
     except OSError as e:  # a full disk may keep the notebook itself from being written
