@@ -98,7 +98,7 @@ PROFILES = {
         sft_steps=104, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
         preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
         dpo_steps=30, dpo_batch=4, dpo_lr=5e-5,
-        evaluation_questions=320, evaluation_batch=32, evaluation_max_tokens=80, evaluation_bootstrap=2000),
+        evaluation_questions=320, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
     "paper": Profile(name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512,
         window_s=7., max_windows=4, phantom_patients=400, instructions_per_task=1,
         alignment_width=1., alignment_depth=1., alignment_objective="cola", alignment_crop_s=4., alignment_batch=128,

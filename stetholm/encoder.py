@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Features', 'make_features', 'EfficientNet', 'AudioEncoder', 'ColaHead', 'cola_loss', 'label_matrix',
-           'common_families', 'label_loss', 'crops', 'pretrain', 'embed', 'mel_statistics', 'probe']
+           'common_families', 'label_loss', 'crops', 'pretrain', 'embed_windows', 'embed', 'mel_statistics', 'probe']
 
 # %% ../nbs/07_encoder.ipynb #07-002
 import time
@@ -214,20 +214,33 @@ def pretrain(
 # %% ../nbs/07_encoder.ipynb #07-021
 @torch.no_grad()
 def _scores(encoder, head, features, table, device):
-    encoder.eval()
-    return np.array([head(encoder(features[i].to(device)).mean(0))[0].item() for i in table.recording_id])
+    return head(torch.from_numpy(embed(encoder.eval(), features, table.recording_id)).to(device))[:, 0].cpu().numpy()
 
 def _auroc(y, score): return roc_auc_score(y, score) if 0 < np.mean(y) < 1 else np.nan
 
 @torch.no_grad()
+def embed_windows(
+    encoder:AudioEncoder,  # in eval mode
+    features:Features,     # windows
+    ids:list,              # recordings
+    at_once:int=16,        # recordings
+) -> dict:                 # recording_id to (windows, dim) float32
+    "Each recording's windows, embedded"
+    device, out = next(encoder.parameters()).device, {}
+    encoder.to(memory_format=torch.channels_last)
+    for start in range(0, len(ids), at_once):
+        mels = {i: features[i] for i in ids[start:start + at_once]}
+        out |= zip(mels, encoder(torch.cat([*mels.values()]).to(device)).float().cpu().split([len(m) for m in mels.values()]))
+    return out
+
 def embed(
     encoder:AudioEncoder,  # in eval mode
     features:Features,     # windows
     ids:list,              # recordings
 ) -> np.ndarray:           # (len(ids), dim) float32
     "Each recording's embedding: the mean over its windows"
-    device = next(encoder.parameters()).device
-    return np.stack([encoder(features[i].to(device)).mean(0).float().cpu().numpy() for i in ids])
+    windows = embed_windows(encoder, features, ids)
+    return np.stack([windows[i].mean(0).numpy() for i in ids])
 
 # %% ../nbs/07_encoder.ipynb #07-023
 def mel_statistics(

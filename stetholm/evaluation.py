@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .alignment import load_model
 from .audit import check_recordings, contamination, load_recordings
 from .config import Profile, StethoError, write_json, write_whole
-from .encoder import Features, embed, mel_statistics, probe
+from .encoder import Features, embed_windows, mel_statistics, probe
 from .instructions import ALIASES, TASKS, is_right, load_pairs
 from .model import StethoLM, answer, p_abnormal
 from .preferences import BERTSCORE, bertscore
@@ -42,16 +43,16 @@ def predict(
     lm:StethoLM,         # a trained model
     name:str,            # of the system
     pairs:pd.DataFrame,  # questions
-    features:Features,   # of the run
+    heard:dict,          # recording_id to its windows or their embeddings
     profile:Profile,     # `evaluation_*`
 ) -> list:               # one row a question: pair_id, model, generated, seconds
     "The system's answer to every question; batched, left-padded, none dropped"
-    rows, order = [], pairs.assign(n=pairs.instruction.str.len()).sort_values(["task", "n", "pair_id"])  # a batch takes as long as its longest answer, and a task's are of like length
+    rows, order = [], pairs.assign(n=pairs.instruction.str.len()).sort_values(["n", "pair_id"])
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     for start in range(0, len(order), profile.evaluation_batch):
         part = order.iloc[start:start + profile.evaluation_batch]; begun = time.perf_counter()
-        heard = [[features[i] for i in r] if name != "text_only" else [] for r in part.recording_ids]
-        said = answer(lm.model, lm.processor, lm.processor(list(part.instruction), heard), profile.evaluation_max_tokens, **decoding)
+        audio = [[heard[i] for i in r] if name != "text_only" else [] for r in part.recording_ids]
+        said = answer(lm.model, lm.processor, lm.processor(list(part.instruction), audio), profile.evaluation_max_tokens, **decoding)
         seconds = (time.perf_counter() - begun)/len(part)
         rows += [dict(pair_id=i, model=name, generated=s, seconds=round(seconds, 3)) for i, s in zip(part.pair_id, said)]
         print(f"{name}: {min(start + profile.evaluation_batch, len(order))}/{len(order)} answered", flush=True)
@@ -62,17 +63,17 @@ def predict_verdicts(
     lm:StethoLM,         # a trained model
     name:str,            # of the system
     table:pd.DataFrame,  # recordings
-    features:Features,   # of the run
+    heard:dict,          # recording_id to its windows or their embeddings
     batch:int,           # recordings at once
 ) -> pd.DataFrame:       # recording_id, model, p_abnormal
     "P(abnormal) of each recording"
-    rows = []
-    for start in range(0, len(table), batch):
-        part = table.iloc[start:start + batch]
-        heard = [[features[i]] if name != "text_only" else [] for i in part.recording_id]
-        p = p_abnormal(lm.model, lm.processor, lm.processor([f"Is this {d} sound normal or abnormal?" for d in part.domain], heard))
-        rows += [dict(recording_id=i, model=name, p_abnormal=float(x)) for i, x in zip(part.recording_id, p)]
-    return pd.DataFrame(rows)
+    asked, out = table if name != "text_only" else table.drop_duplicates("domain"), []  # without audio, all recordings of a domain are one question
+    for start in range(0, len(asked), batch):
+        part = asked.iloc[start:start + batch]
+        audio = [[heard[i]] if name != "text_only" else [] for i in part.recording_id]
+        out += p_abnormal(lm.model, lm.processor, lm.processor([f"Is this {d} sound normal or abnormal?" for d in part.domain], audio)).tolist()
+    by = "recording_id" if name != "text_only" else "domain"
+    return pd.DataFrame({"recording_id": table.recording_id.to_numpy(), "model": name, "p_abnormal": table[by].map(dict(zip(asked[by], out))).to_numpy()})
 
 # %% ../nbs/13_evaluation.ipynb #13-011
 def patient_weights(
@@ -189,12 +190,13 @@ def evaluation(
     p, table, features = run.profile, load_recordings(run), Features(run/"features")
     asked = choose_questions(load_pairs(run, "test"), p.evaluation_questions, p.seed)
     known = table[(table.split == "test") & table.binary.notna()]
-    answers, verdicts = [], []
+    answers, verdicts, encoder, heard = [], [], None, {}
     for name in SYSTEMS:
-        lm = load_model(run, name)
-        answers += predict(lm, name, asked, features, p)
-        verdicts.append(predict_verdicts(lm, name, known, features, p.evaluation_batch))
-    hearing = {"encoder probe": embed(lm.model.model.audio_encoder, features, table.recording_id), "log-mel statistics probe": mel_statistics(features, table.recording_id)}
+        lm = load_model(run, name); now = lm.model.model.audio_encoder.state_dict()
+        if encoder is None or any(not torch.equal(v, encoder[k]) for k, v in now.items()): encoder, heard = now, embed_windows(lm.model.model.audio_encoder, features, table.recording_id)
+        answers += predict(lm, name, asked, heard, p)
+        verdicts.append(predict_verdicts(lm, name, known, heard, p.evaluation_batch))
+    hearing = {"encoder probe": np.stack([heard[i].mean(0).numpy() for i in table.recording_id]), "log-mel statistics probe": mel_statistics(features, table.recording_id)}
     verdicts = pd.concat(verdicts, ignore_index=True)
     predictions = pd.DataFrame(answers).merge(asked, on="pair_id")
     p_of = verdicts.set_index(["model", "recording_id"]).p_abnormal

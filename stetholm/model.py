@@ -9,7 +9,7 @@ __all__ = ['AUDIO_TOKEN', 'SYSTEM', 'StethoLMConfig', 'Projector', 'StethoLMPreT
 
 # %% ../nbs/08_model.ipynb #08-002
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal  # what `PreTrainedConfig` adds to its subclass is annotated with it
 
@@ -85,11 +85,12 @@ class StethoLMModel(StethoLMPreTrainedModel):
     def set_input_embeddings(self, value): self.language_model.set_input_embeddings(value)
 
     def audio_tokens(self,
-        input_features:torch.Tensor,  # (questions, recordings, windows, n_mels, frames) dB
+        input_features:torch.Tensor,  # (questions, recordings, windows, n_mels, frames) dB, or (questions, recordings, windows, dim) as the encoder made of them before
         audio_mask:torch.Tensor,      # (questions, recordings, windows) bool: which windows are real
     ) -> torch.Tensor:                # (real recordings, prefix_tokens, hidden)
         "Projected audio: each recording's windows are embedded and averaged"
-        embedded = self.audio_encoder(input_features[audio_mask].float())
+        embedded = input_features[audio_mask].float()
+        if input_features.ndim == 5: embedded = self.audio_encoder(embedded)
         per_window = embedded.new_zeros(*audio_mask.shape, embedded.shape[-1]).masked_scatter(audio_mask[..., None], embedded)
         count = audio_mask.sum(-1)
         return self.projector((per_window.sum(2)/count.clamp(min=1)[..., None])[count > 0])
@@ -163,10 +164,10 @@ class StethoLMFeatureExtractor(FeatureExtractionMixin):
         super().__init__(**kwargs)
 
     def __call__(self,
-        audio,  # a path, a waveform (n,) at `sample_rate`, or log-mel windows (windows, n_mels, frames) as they are
+        audio,  # a path, a waveform (n,) at `sample_rate`, or as they are: log-mel windows (windows, n_mels, frames), or their embeddings (windows, dim)
     ) -> torch.Tensor:  # (windows, n_mels, frames) dB
         "The log-mel windows of one recording"
-        if isinstance(audio, torch.Tensor) and audio.ndim == 3: return audio
+        if isinstance(audio, torch.Tensor) and audio.ndim > 1: return audio
         wave = load_audio(audio, self.sample_rate) if isinstance(audio, (str, Path)) else np.asarray(audio, np.float32)
         front = _front(self.sample_rate, self.n_fft, self.hop, self.n_mels, self.fmin, self.fmax)
         return front(torch.from_numpy(windows(wave, int(self.window_s*self.sample_rate), self.max_windows)))
@@ -215,7 +216,7 @@ class StethoLMProcessor(ProcessorMixin):
         return self.tokenizer(answer, add_special_tokens=False).input_ids + [self.end_of_turn]
 
     def stack(self,
-        recordings:list,  # a list for each question of its recordings' windows (windows, n_mels, frames)
+        recordings:list,  # a list for each question of its recordings' windows (windows, n_mels, frames) or their embeddings (windows, dim)
     ) -> dict:            # input_features and audio_mask, or nothing if no question has a recording
         "Recordings of a batch as one padded tensor with its mask"
         if not any(recordings): return {}
@@ -265,6 +266,28 @@ def p_abnormal(
     logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1].float()
     return logits[:, list(processor.verdict_ids)].softmax(-1)[:, 1].cpu()
 
+# %% ../nbs/08_model.ipynb #08-017b
+def _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, temperatures=(), **kw):
+    "The loop of `generate`, over unfinished rows only; with `temperatures`, each prompt is read once and goes on as one row a temperature"
+    def rows_of(f): return {k: f(v) if torch.is_tensor(v) else v for k, v in kw.items()}
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kw)
+    size, prompt = input_ids.shape; k = max(1, len(temperatures))
+    out = input_ids.new_full((size*k, stopping_criteria.max_length), model.generation_config.pad_token_id); rows = torch.arange(size*k, device=input_ids.device)
+    heat = torch.tensor(temperatures, device=input_ids.device).repeat(size)
+    while len(rows):
+        step = model(**inputs, return_dict=True)
+        kw = model._update_model_kwargs_for_generation(step, kw); cache, logits = kw["past_key_values"], step.logits[:, -1].float()
+        if k > 1 and input_ids.shape[1] == prompt:  # the prompts are read: from here on a row for each answer
+            input_ids, logits, kw = input_ids.repeat_interleave(k, 0), logits.repeat_interleave(k, 0), rows_of(lambda v: v.repeat_interleave(k, 0)); cache.batch_repeat_interleave(k)
+        scores = logits_processor(input_ids, logits)
+        token = torch.multinomial((scores/heat[rows, None]).softmax(-1), 1)[:, 0] if temperatures else scores.argmax(-1)
+        input_ids = torch.cat([input_ids, token[:, None]], 1)
+        out[rows, :input_ids.shape[1]] = input_ids
+        if (done := stopping_criteria(input_ids, None)).any():
+            rows, input_ids, kw = rows[~done], input_ids[~done], rows_of(lambda v: v[~done]); cache.batch_select_indices((~done).nonzero()[:, 0])
+        if len(rows): inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kw)
+    return out
+
 # %% ../nbs/08_model.ipynb #08-018
 @torch.inference_mode()
 def answer(
@@ -272,9 +295,11 @@ def answer(
     processor:StethoLMProcessor,             # of that model
     inputs:BatchFeature,                     # of questions
     max_new_tokens:int=128,                  # longest answer
-    **generation) -> list:                   # further arguments of `generate`; texts, one for each question (and sample)
-    "Generated answers, without special tokens; greedy unless `generation` says otherwise"
-    out = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, **{"do_sample": False, **generation})
+    temperatures:tuple=(),                   # none: the likeliest answer; else one answer is drawn at each
+    **generation) -> list:                   # further arguments of `generate`, as for beams; texts, question by question and for each by temperature
+    "Generated answers, without special tokens"
+    loop = {} if generation.get("num_beams", 1) > 1 else dict(custom_generate=partial(_decode, temperatures=temperatures))
+    out = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, **loop, **generation)
     return [t.strip() for t in processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)]
 
 # %% ../nbs/08_model.ipynb #08-019

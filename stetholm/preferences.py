@@ -7,6 +7,7 @@ __all__ = ['BERTSCORE', 'bertscore', 'score_answers', 'temperatures', 'sample_ca
 
 # %% ../nbs/11_preferences.ipynb #11-003
 import functools
+import itertools
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def sample_candidates(
     for start in range(0, len(pairs), size):
         part = pairs.iloc[start:start + size]
         inputs = lm.processor(list(part.instruction), [[features[i] for i in r] for r in part.recording_ids])
-        for t in temperatures(profile.preferences_samples):
-            said = answer(lm.model, lm.processor, inputs, profile.preferences_max_tokens, do_sample=True, temperature=t, top_k=0)
-            rows += [dict(pair_id=i, temperature=t, candidate=s) for i, s in zip(part.pair_id, said)]
+        heat = temperatures(profile.preferences_samples)
+        said = answer(lm.model, lm.processor, inputs, profile.preferences_max_tokens, heat)
+        rows += [dict(pair_id=i, temperature=t, candidate=s) for (i, t), s in zip(itertools.product(part.pair_id, heat), said)]
         print(f"{min(start + size, len(pairs))}/{len(pairs)} questions sampled", flush=True)
     out = pd.DataFrame(rows)
     asked = pairs.set_index("pair_id").loc[out.pair_id]
