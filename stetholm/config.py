@@ -93,7 +93,7 @@ class Profile:
 PROFILES = {
     "smoke": Profile(),
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=20,
+        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=25, alignment_lr=7e-4,
         alignment_projector_steps=60, language_model="smollm2-135m-instruct",
         sft_steps=104, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
         preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,

@@ -182,9 +182,9 @@ def pretrain(
     profile:Profile,       # `alignment_*` and front-end fields
     report=print,          # called with a line an epoch
 ) -> pd.DataFrame:         # one row an epoch: losses on train, AUROC on val, seconds
-    "COLA, labels, or one after the other on the training recordings; AdamW, one cycle, every recording once an epoch"
+    "COLA, labels, or one after the other on the training recordings: AdamW, one cycle of the learning rate each, every recording once an epoch"
     p = profile
-    cola_epochs = {"cola": p.alignment_epochs, "labels": 0, "cola+labels": -(-p.alignment_epochs//4)}.get(p.alignment_objective)
+    cola_epochs = {"cola": p.alignment_epochs, "labels": 0, "cola+labels": -(-p.alignment_epochs//5)}.get(p.alignment_objective)
     if cola_epochs is None: raise StethoError(f"profile key 'alignment_objective' wants cola, labels or cola+labels, not {p.alignment_objective!r}")
     train, val = table[table.split == "train"], table[(table.split == "val") & table.binary.notna()]
     families = common_families(train); targets = torch.from_numpy(label_matrix(train, families))
@@ -192,22 +192,25 @@ def pretrain(
     device = next(encoder.parameters()).device
     encoder.to(memory_format=torch.channels_last)  # 2 to 6 times faster convolutions on a CPU
     cola, head = ColaHead(encoder.dim).to(device), nn.Linear(encoder.dim, targets.shape[1]).to(device)
-    batch = min(profile.alignment_batch, len(train)); steps = max(1, len(train)//batch)
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *cola.parameters(), *head.parameters()], lr=profile.alignment_lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, profile.alignment_lr, total_steps=steps*profile.alignment_epochs + 1)
-    frames = int(profile.alignment_crop_s*profile.sample_rate/profile.hop)
-    generator, ids, log = torch.Generator().manual_seed(profile.seed), train.recording_id.to_numpy(), []
-    for epoch in range(profile.alignment_epochs):
-        start, total = time.perf_counter(), 0.; encoder.train()
-        for rows in torch.randperm(len(train), generator=generator)[:steps*batch].view(steps, batch):
-            mel = torch.cat([crops(features, ids[rows], frames, generator) for _ in range(2)]).to(device)
-            z = encoder(mel); a, b = z.chunk(2); y = targets[rows].to(device)
-            loss = cola_loss(cola(a, b)) if epoch < cola_epochs else label_loss(head(z), torch.cat([y, y]), weight.to(device))
-            optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step(); total += loss.item()
-        kind, seconds = ("cola", "labels")[epoch >= cola_epochs], time.perf_counter() - start
-        auroc = _auroc(val.binary == "abnormal", _scores(encoder, head, features, val, device)) if kind == "labels" else np.nan
-        log.append(dict(phase="encoder", step=epoch + 1, **{kind: total/steps}, val_auroc=auroc, seconds=seconds))
-        report(f"epoch {epoch + 1}/{p.alignment_epochs}: {kind} loss {total/steps:.3f}, {f'val AUROC {auroc:.3f}, ' if auroc == auroc else ''}{seconds:.0f} s")
+    batch = min(p.alignment_batch, len(train)); steps = max(1, len(train)//batch)
+    frames = int(p.alignment_crop_s*p.sample_rate/p.hop)
+    generator, ids, log = torch.Generator().manual_seed(p.seed), train.recording_id.to_numpy(), []
+    for kind, epochs in (("cola", cola_epochs), ("labels", p.alignment_epochs - cola_epochs)):
+        if not epochs: continue
+        parameters = [*encoder.parameters(), *(cola if kind == "cola" else head).parameters()]
+        optimiser = torch.optim.AdamW(parameters, lr=p.alignment_lr, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, p.alignment_lr, total_steps=steps*epochs + 1, pct_start=.15)
+        for _ in range(epochs):
+            start, total = time.perf_counter(), 0.; encoder.train()
+            for rows in torch.randperm(len(train), generator=generator)[:steps*batch].view(steps, batch):
+                crop = lambda: crops(features, ids[rows], frames, generator).to(device)
+                if kind == "cola": loss = cola_loss(cola(*encoder(torch.cat([crop(), crop()])).chunk(2)))
+                else: loss = label_loss(head(encoder(crop())), targets[rows].to(device), weight.to(device))
+                optimiser.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(parameters, 1.); optimiser.step(); schedule.step(); total += loss.item()
+            seconds = time.perf_counter() - start
+            auroc = _auroc(val.binary == "abnormal", _scores(encoder, head, features, val, device)) if kind == "labels" else np.nan
+            log.append(dict(phase="encoder", step=len(log) + 1, **{kind: total/steps}, val_auroc=auroc, seconds=seconds))
+            report(f"epoch {len(log)}/{p.alignment_epochs}: {kind} loss {total/steps:.3f}, {f'val AUROC {auroc:.3f}, ' if auroc == auroc else ''}{seconds:.0f} s")
     encoder.eval()
     return pd.DataFrame(log)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 # %% ../nbs/02_phantom_heart.ipynb #02-005
-RATE = 4000  # Hz, the rate of most electronic stethoscopes
+RATE = 4000  # Hz, the rate of the Littmann 3200 and of CirCor
 
 class Beats(NamedTuple):
     "When the valves of every beat of a recording close, in s; the first beat begins before 0, the last ends after the recording"

@@ -114,7 +114,7 @@ def crackle_widths(
     x:np.ndarray,    # (n,) waveform with nothing but one crackle
     onset:float,     # s
 ) -> tuple:          # (IDW, 2CD) ms
-    "The widths of a crackle by its zero crossings, on a grid 16 times finer (Hoevers and Loudon 1990)"
+    "The widths of a crackle by its zero crossings, on a grid 16 times finer (Murphy 1977)"
     n = len(x); spectrum = np.zeros(n*FINE//2 + 1, complex); spectrum[:n//2 + 1] = np.fft.rfft(x)
     fine = np.fft.irfft(spectrum, n*FINE)*FINE
     peak, start = np.abs(fine).max(), int(onset*RATE*FINE)
@@ -235,7 +235,7 @@ def lung_sound(
             for onsets in crackle_times(when, name, rng, .3 + .7*lung.severity):
                 k, loud = len(onsets), np.interp(lung.severity, (0, 1), (1., 4.5))
                 widths = rng.uniform(*idw, k), rng.uniform(*cd2, k)
-                add_crackles(x, onsets, *widths, loud*np.exp(.4*rng.standard_normal(k))*np.where(rng.random(k) < .76, -1, 1))  # 76 % of inspiratory crackles point down (Vyshedskiy et al., Chest 2009;135:156)
+                add_crackles(x, onsets, *widths, loud*np.exp(.4*rng.standard_normal(k))*np.where(rng.random(k) < .76, -1, 1))  # 76 % of inspiratory crackles point down, 31 % of expiratory ones (Vyshedskiy et al., Chest 2009;135:156); here all are drawn as inspiratory ones
                 events.append((name, onsets[0], (onsets + TAIL*widths[1]/1000).max())); pops.append(onsets)
         else: rub, spans = rub_sound(n, when, rng); x += np.interp(lung.severity, (0, 1), (1., 4.))*rub; events += [(name, a, b) for a, b in spans]
     pops = np.sort(np.concatenate(pops)) if pops else np.zeros(0)

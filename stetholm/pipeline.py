@@ -90,7 +90,7 @@ def _overrides(changes):
         out[key.strip()] = value.strip()
     return out
 
-SECONDS = dict(audit=15, exploration=15, instructions=15, alignment=450, sft=900, preferences=250, dpo=200, evaluation=300, figures=25)  # of profile mini on two cores
+SECONDS = dict(audit=40, exploration=15, instructions=10, alignment=470, sft=800, preferences=90, dpo=220, evaluation=300, figures=10)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
