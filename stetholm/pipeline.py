@@ -304,16 +304,19 @@ def data_audit(
 @app.command()
 def synthesize(
     table: Annotated[str, typer.Argument(help="recordings.parquet")],
-    out: Annotated[str, typer.Option("-o", help="table to write")] = "stethobench.parquet",
+    out: Annotated[str, typer.Option("-o", help="table to write: .parquet; .jsonl as the authors' code reads it; a folder for Hugging Face datasets")] = "stethobench.parquet",
     per_task: Annotated[int, typer.Option(help="pairs a recording and task")] = 1,
     seed: Annotated[int, typer.Option(help="of the wordings")] = 0,
 ):
     "Instruction-response pairs from a recordings table"
     from stetholm.instructions import PAIRS, synthesize as make
     from stetholm.recordings import RECORDINGS, read_table, write_table
-    recordings = read_table(table, RECORDINGS)
-    pairs = make(recordings.set_index("recording_id", drop=False), per_task, seed)
-    write_table(pairs, out, PAIRS)
+    recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
+    pairs = make(recordings, per_task, seed)
+    if out.endswith(".parquet"): write_table(pairs, out, PAIRS)
+    else:
+        from stetholm.exchange import write_bench, write_dataset
+        (write_bench if out.endswith(".jsonl") else write_dataset)(pairs, recordings, out)
     print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {len(recordings)} recordings, in {out}")
 
 @app.command()

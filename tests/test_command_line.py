@@ -139,6 +139,10 @@ def test_scan_audit_and_synthesize_follow_each_other(stetholm, pack):
     pairs = pd.read_parquet(stetholm.cwd/"bench.parquet")
     assert made.returncode == 0 and made.stdout.startswith(f"{len(pairs)} pairs over 7 tasks from 20 recordings"), made.stderr
     assert pairs.groupby(["task", pairs.recording_ids.str[0]]).size().eq(2).all() and pairs.pair_id.is_unique
+    for out, holds in (("bench.jsonl", "bench.jsonl"), ("bench", "bench/recordings/test.parquet")):
+        again = stetholm("synthesize", "recordings.parquet", "-o", out)
+        assert again.returncode == 0 and (stetholm.cwd/holds).is_file() and again.stdout.endswith(f"in {out}\n"), again.stderr
+    assert "exists already" in stetholm("synthesize", "recordings.parquet", "-o", "bench").stderr
 
 
 def test_audit_refuses_a_patient_in_two_splits(stetholm, pack):
