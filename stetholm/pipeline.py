@@ -194,13 +194,17 @@ def ask(
     folder = Path(model) if model else newest_model()
     from stetholm.audio import read_audio
     for c in clips: read_audio(c)
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
+    _quiet()
     from stetholm.model import StethoLM
     said = StethoLM.from_pretrained(folder).ask(clips, question)
     print(said["text"])
     for c, p in zip(clips, said["p_abnormal"]): print(f"P(abnormal) {p:.2f}  {c}")
     print(f"model {_origin(folder)}; not for clinical use")
+
+def _quiet():
+    "No bar while weights are loaded, which takes less than a second"
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
 
 def newest_model() -> Path:
     "The last trained model in runs/. Raises `StethoError` if there is none."
@@ -332,6 +336,7 @@ def evaluate(
     for k in (new := _overrides(changes)):
         if not k.startswith("evaluation_"): raise StethoError(f"evaluate changes evaluation_… fields only, not {k!r}")
     this = open_run(note["profile"]["name"], run, note["recordings_path"], kept | new)
+    _quiet()
     from stetholm.evaluation import evaluation
     _print_scores(evaluation(this))
 
@@ -341,6 +346,7 @@ def score(
     out: Annotated[Optional[str], typer.Option("-o", help="csv to write with every score")] = None,
 ):
     "Score answers from their file"
+    _quiet()
     from stetholm.evaluation import read_predictions, score_predictions
     scores = score_predictions(read_predictions(predictions))
     if out:
