@@ -48,7 +48,7 @@ class Profile:
     # encoder and projector
     alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
     alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
-    alignment_objective:str = "cola+labels"  # cola, labels, or their sum
+    alignment_objective:str = "cola+labels"  # cola, labels, or cola+labels: one after the other
     alignment_crop_s:float = 2.5      # seconds a COLA crop
     alignment_batch:int = 16          # recordings an encoder step
     alignment_epochs:int = 1          # passes over the training recordings

@@ -174,6 +174,7 @@ class StethoLMFeatureExtractor(FeatureExtractionMixin):
 
 # %% ../nbs/08_model.ipynb #08-014
 AUDIO_TOKEN = "<audio>"
+
 class StethoLMProcessor(ProcessorMixin):
     "Questions and recordings to model inputs"
     def __init__(self,

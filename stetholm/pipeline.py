@@ -90,7 +90,7 @@ def _overrides(changes):
         out[key.strip()] = value.strip()
     return out
 
-SECONDS = dict(audit=40, exploration=15, instructions=10, alignment=470, sft=800, preferences=90, dpo=220, evaluation=300, figures=10)  # of profile mini on two cores
+SECONDS = dict(audit=40, exploration=15, instructions=10, alignment=550, sft=780, preferences=90, dpo=250, evaluation=275, figures=5)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
@@ -315,6 +315,7 @@ def synthesize(
     "Instruction-response pairs from a recordings table"
     from stetholm.instructions import PAIRS, synthesize as make
     from stetholm.recordings import RECORDINGS, read_table, write_table
+    if Path(out).suffix not in (".parquet", ".jsonl", ""): raise StethoError(f"-o {out}: pairs are written as .parquet, as .jsonl, or into a folder without an ending")
     recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
     pairs = make(recordings, per_task, seed)
     if out.endswith(".parquet"): write_table(pairs, out, PAIRS)

@@ -89,6 +89,7 @@ WRONG = {
     "empty folder": ("data scan stetho-mini .", "metadata.csv"),
     "no folder": ("data scan stetho-mini nowhere", "no folder at nowhere"),
     "no table to audit": ("data audit nowhere.parquet", "nowhere.parquet"),
+    "synthesize into a csv": ("synthesize nowhere.parquet -o pairs.csv", "pairs.csv"),
     "no table to synthesize": ("synthesize nowhere.parquet", "nowhere.parquet"),
     "no predictions": ("score nowhere.jsonl", "nowhere.jsonl"),
     "no run to evaluate": ("evaluate --run nowhere", "nowhere"),
