@@ -44,7 +44,9 @@ class Profile:
     # the phantom corpus
     phantom_patients:int = 24         # synthetic patients, used only when no recordings are given
     # instructions
-    instructions_per_task:int = 1     # pairs a recording and task
+    instructions_per_task:int = 1     # rounds of questions a recording
+    instructions_endpoint:str = ""   # OpenAI-compatible address of a model that rewrites the pairs; empty: the grammar's own words
+    instructions_model:str = ""      # its name there
     # encoder and projector
     alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
     alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
@@ -150,7 +152,7 @@ class Stage(NamedTuple):
 STAGES = {s.name: s for s in [
     Stage("audit", "04_audit", (), ("recordings.parquet", "faults.parquet", "data_card.json", "data_card.md", "data_card.html", "croissant.json"), "recordings: labels, patients, splits, checks"),
     Stage("exploration", "05_exploration", ("audit",), ("exploration.parquet", "spectra.parquet", "domain_shift.parquet"), "data exploration: what there is, in figures"),
-    Stage("instructions", "06_instructions", ("audit",), ("stethobench.parquet",), "StethoBench: instruction-response pairs over seven tasks"),
+    Stage("instructions", "06_instructions", ("audit",), ("stethobench.parquet",), "StethoBench: instruction-response pairs over seven tasks and safety"),
     Stage("alignment", "09_alignment", ("audit", "instructions"), ("features", "encoder", "aligned", "alignment.parquet", "trained_on/alignment.json"), "COLA encoder, then the projector alone"),
     Stage("sft", "10_sft", ("alignment",), ("sft", "text_only", "sft.parquet", "trained_on/sft.json"), "supervised fine-tuning with LoRA, and the text-only control"),
     Stage("preferences", "11_preferences", ("sft",), ("candidates.parquet", "pairs.parquet", "trained_on/preferences.json"), "sampled answers, ranked into preference pairs"),
@@ -158,7 +160,7 @@ STAGES = {s.name: s for s in [
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "instructions", "exchange", "encoder", "model", "backbones",
+MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "encoder", "model", "backbones",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017

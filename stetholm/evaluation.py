@@ -19,9 +19,11 @@ from .alignment import load_model
 from .audit import check_recordings, contamination, load_recordings
 from .config import Profile, StethoError, write_json, write_whole
 from .encoder import Features, embed_windows, mel_statistics, probe
-from .instructions import ALIASES, TASKS, is_right, load_pairs
+from .grammar import ALIASES, TASKS
+from .instructions import load_pairs
 from .model import StethoLM, answer, p_abnormal
 from .preferences import BERTSCORE, bertscore
+from .reader import is_right
 from .run import Run, hardware, stage
 
 # %% ../nbs/13_evaluation.ipynb #13-006

@@ -20,7 +20,7 @@ from IPython.display import HTML, Audio
 
 from .audio import load_audio
 from .config import StethoError, write_whole
-from .instructions import ALIASES, TASKS
+from .grammar import ALIASES, TASKS
 
 # %% ../nbs/06a_exchange.ipynb #06a-005
 COLUMNS = ("filename", "split", "dataset", "instruction", "response", "task", "distribution")

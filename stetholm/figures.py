@@ -21,7 +21,7 @@ from .config import STAGES, write_json, write_whole
 from .encoder import Features
 from .evaluation import SYSTEMS, read_predictions
 from .exploration import composition as draw_composition
-from .instructions import TASKS
+from .grammar import TASKS
 from .run import Run, run_note, stage
 
 # %% ../nbs/14_figures.ipynb #14-006

@@ -18,8 +18,9 @@ from .alignment import load_model
 from .audit import note_training
 from .config import Profile, StethoError, write_whole
 from .encoder import Features
-from .instructions import is_right, load_pairs
+from .instructions import load_pairs
 from .model import StethoLM, answer
+from .reader import is_right
 from .run import Run, device, stage
 
 # %% ../nbs/11_preferences.ipynb #11-006
