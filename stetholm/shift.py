@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from librosa import mel_frequencies
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
@@ -66,6 +67,7 @@ def across_patients(
     patient:np.ndarray, # (n,) ids
     folds:int=5,        # at most
     seed:int=0,         # of the folds
+    model=None,         # a classifier of scikit-learn; None: logistic regression on standardised columns
 ) -> tuple:             # (classes, (n, classes) probabilities); (None, None) if a class has but one patient
     "Class probabilities of each recording from a classifier that was fitted without its patient"
     classes = np.unique(y)
@@ -73,7 +75,8 @@ def across_patients(
     if folds < 2: return None, None
     p = np.zeros((len(y), len(classes)))
     for fit, held in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, patient):
-        model = _classifier().fit(x[fit], y[fit]); p[np.ix_(held, np.searchsorted(classes, model[-1].classes_))] = model.predict_proba(x[held])
+        seen = np.unique(y[fit])
+        p[np.ix_(held, np.searchsorted(classes, seen))] = clone(model or _classifier()).fit(x[fit], y[fit]).predict_proba(x[held]) if len(seen) > 1 else 1
     return classes, p
 
 def tell_source(
