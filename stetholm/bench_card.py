@@ -14,23 +14,18 @@ import pandas as pd
 
 from .card import cited, describe, write_forms
 from .config import StethoError
-from .instructions import PAIRS, is_right
+from .instructions import PAIRS
 from .quality import balance, beside_paper, composition, duplicates, languages, prior_leakage
+from .reader import faults
 from .recordings import SOURCES
 
 # %% ../nbs/06c_bench_card.ipynb #06c-005
 def faithfulness(
     pairs:pd.DataFrame,  # rows of `PAIRS`
-    right=is_right,      # of (answer, evidence, task): whether it reads back
-    most:int=1000,       # pairs an engine and task, drawn at random
-    seed:int=0,          # of the draw
-) -> pd.DataFrame:       # engine, task, pairs, read, faithful: the share that reads back as its evidence
-    "Answers that read back as their evidence"
-    rows = []
-    for (engine, task), t in pairs.groupby(["engine", "task"]):
-        read = t.sample(min(most, len(t)), random_state=seed)
-        rows.append(dict(engine=engine, task=task, pairs=len(t), read=len(read), faithful=np.mean([right(r.response, r.evidence, r.task) for r in read.itertuples()])))
-    return pd.DataFrame(rows)
+) -> pd.DataFrame:       # engine, task, pairs, faithful: the share that reads back as its evidence
+    "Answers that read back as their evidence, without a fault of any kind"
+    read = pairs.assign(faithful=[not faults(p.response, p.evidence) for p in pairs.itertuples()])
+    return read.groupby(["engine", "task"]).agg(pairs=("faithful", "size"), faithful=("faithful", "mean")).reset_index()
 
 # %% ../nbs/06c_bench_card.ipynb #06c-007
 def measure(
@@ -38,7 +33,7 @@ def measure(
     seed:int=0,          # of every draw
 ) -> dict:               # name -> table
     "Every table of the card"
-    return {"composition": composition(pairs), "balance": balance(pairs), "duplicates": duplicates(pairs, seed), "languages": languages(pairs), "prior_leakage": prior_leakage(pairs, seed=seed), "faithfulness": faithfulness(pairs, seed=seed)}
+    return {"composition": composition(pairs), "balance": balance(pairs), "duplicates": duplicates(pairs, seed), "languages": languages(pairs), "prior_leakage": prior_leakage(pairs, seed=seed), "faithfulness": faithfulness(pairs)}
 
 # %% ../nbs/06c_bench_card.ipynb #06c-009
 COLUMNS = ("exact, near: texts that another one equals but for case and numbers, or resembles at a cosine of 0.9 or more; near_distinct: the latter among different texts; in_train: test texts that stand in train letter by letter.",

@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     quality:str=None     # adequate or poor, as its publisher judged it
     phases:tuple=()      # (family, inspiration or expiration) as annotated
     events:tuple=None    # (term, start s, end s) of findings; None: the source does not time them
+    phased:bool=False    # whether the source says in which phase findings are heard
     rate:int=None        # heart beats a minute
     murmur:tuple=()      # (grade, shape or pitch, its value) of the systolic murmur where it is loudest
     heard_at:tuple=()    # sites at which the patient's murmur is heard
@@ -93,7 +94,7 @@ def facts(
     timed = tuple((e["label"], round(e["start_s"], 1), round(e["end_s"], 1)) for e in events if e["label"] in FINDINGS)
     known = found if found or binary == "normal" or more.get("labels") == "Murmur absent at this site" or more.get("Murmur") == "Absent" else None
     murmurs = [_area(c) for c in (more.get("Murmur locations") or "").split("+") if _area(c)] if more.get("Murmur") == "Present" else []
-    return Facts(row.recording_id, row.domain, binary, known, site, age, sex, device, round(float(row.duration_s), 1), _quality(more), _phases(found, events, more.get("phase")), timed or None,
+    return Facts(row.recording_id, row.domain, binary, known, site, age, sex, device, round(float(row.duration_s), 1), _quality(more), _phases(found, events, more.get("phase")), timed or None, False,
                  _rate(events) if row.domain == "heart" else None, _murmur(found, site, more), tuple(murmurs), _area(more.get("Most audible location")) if murmurs else None, diagnosis)
 
 # %% ../nbs/05b_facts.ipynb #05b-017

@@ -31,9 +31,9 @@ QUESTIONS = {
         "findings": ["Which abnormal sounds are present?", "{context}What do you hear?", "Which {domain} sound findings are present, if any?", "{context}Name the added sounds in this {domain} recording.", "Any added sounds?", "What is the primary sound event in this recording?", "{context}Please list what is heard beside the normal sounds.",
                      "I am learning to listen. {context}What am I hearing?", "List all adventitious sounds.", "{context}Are there any findings?", "Which labels does this {domain} recording have?", "Findings?"],
         "present": ["{Is} there {finding}?", "{context}{Is} there {finding}?", "Can you hear {finding}?", "{context}Do you hear {finding}?", "Check this {domain} recording for {finding}.", "My teacher says there {is} {finding}. Do you agree?", "{context}Any sign of {bare}?", "{Bare}: present or absent?"],
-        "times": ["When do the abnormal sounds occur?", "{context}At what times are they heard?", "Give the start and end, in seconds, of each abnormal sound.", "{context}Where in the recording are the added sounds?", "Mark the events on the time axis.", "From when to when is it heard?"],
-        "count": ["How often does each abnormal sound occur?", "{context}How many times is it heard?", "Count the abnormal events.", "{context}Please count the added sounds by kind.", "How many events of each kind are there?", "How frequent are the added sounds?"],
-        "phase": ["In which phase {of} does it occur?", "{context}In which part {of} is it heard?", "When in the cycle is the sound heard?", "What is the timing of the finding within the cycle?", "{context}Timing?", "During which phase {of} should I listen for it?"],
+        "times": ["When do the abnormal sounds occur?", "{context}At what times are there added sounds?", "Give the start and end, in seconds, of each abnormal sound.", "{context}Where in the recording are the added sounds?", "Mark the events on the time axis.", "From when to when is anything abnormal heard?"],
+        "count": ["How often does each abnormal sound occur?", "{context}How many added sounds are there?", "Count the abnormal events.", "{context}Please count the added sounds by kind.", "How many events of each kind are there?", "How frequent are the added sounds?"],
+        "phase": ["In which phase {of} is there an added sound?", "{context}In which part {of} is anything abnormal heard?", "When in the cycle is there an abnormal sound, if any?", "What is the timing of the finding within the cycle, if there is one?", "{context}Timing of added sounds?", "During which phase {of} do you hear something abnormal?"],
     },
     "reporting": {"report": ["Write a brief report of this {domain} sound.", "{context}Summarise the auscultation findings.", "Generate a brief summary of the {domain} sound findings.", "{context}Report this recording.", "{context}Dictate the auscultation paragraph of the note.", "Auscultation report, please.",
                   "Write what I should put in the chart. {context}", "{context}Give a structured report: site, sounds, impression.", "How would you document this {domain} recording?", "{context}Brief report?", "Please describe this recording as for a referral letter.", "Produce a structured annotation of this {domain} recording."]},
@@ -195,9 +195,12 @@ def _tally(f): return Counter(FINDINGS[t].family for t, _, _ in f.events)
 
 def _one_kind(f, term): return len({t for t, _, _ in f.events if FINDINGS[t].family == FINDINGS[term].family}) == 1
 
-def _times(f, pick, rng): return _capital("; ".join(_spans(f))) + "."
+def _nothing(f, pick): return pick(f"{_capital(heard(f))}.", f"There is nothing of the kind: {heard(f)}.", f"None are heard: {heard(f)}.")
+
+def _times(f, pick, rng): return _nothing(f, pick) if not f.findings else _capital("; ".join(_spans(f))) + "."
 
 def _count(f, pick, rng):
+    if not f.findings: return _nothing(f, pick)
     words, parts = {1: "once", 2: "twice"}, []
     for family, n in _tally(f).items():
         terms = list(dict.fromkeys(FINDINGS[t].said for t, _, _ in f.events if FINDINGS[t].family == family))
@@ -206,6 +209,7 @@ def _count(f, pick, rng):
     return _capital("; ".join(parts)) + "."
 
 def _phase(f, pick, rng):
+    if not f.findings: return _nothing(f, pick)
     if f.domain == "lung": return _capital(_list([f"{_list([FINDINGS[t].said for t in f.findings if FINDINGS[t].family == family])} in {' and '.join(p for x, p in f.phases if x == family)}" for family in dict(f.phases)], "; ")) + "."
     murmurs = [t for t in f.findings if FINDINGS[t].family == "murmur"]
     if len(murmurs) == 1: return pick(f"The murmur is {murmurs[0].removesuffix(' murmur')}.", f"{_capital(FINDINGS[murmurs[0]].said)}.")

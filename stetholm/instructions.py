@@ -38,6 +38,10 @@ def all_facts(
     for _, r in table.iterrows():
         f = facts(r)._replace(looked_for=looked_for[(r.source, r.domain)])
         out[r.recording_id] = f if f.looked_for else f._replace(findings=None)
+    timed, phased = ({(r.source, r.domain) for r in table.itertuples() if getattr(out[r.recording_id], k)} for k in ("events", "phases"))
+    for r in table.itertuples():
+        f, k = out[r.recording_id], (r.source, r.domain)
+        if f.findings == (): out[r.recording_id] = f._replace(events=() if k in timed else None, phased=k in phased or "murmur" in f.looked_for)
     return out
 
 # %% ../nbs/06_instructions.ipynb #06-008
@@ -49,7 +53,7 @@ def kinds_of(
     "What the facts support, but for comparison"
     murmurs = [t for t in f.findings or () if FINDINGS[t].family == "murmur"]
     said = f.binary is not None and f.findings is not None
-    narrow = ["present", *(["times", "count"] if f.events else []), *(["phase"] if f.phases or (murmurs and "murmur" not in murmurs) else [])]
+    narrow = ["present", *(["times", "count"] if f.events or f.events == () else []), *(["phase"] if f.phases or f.phased or (murmurs and "murmur" not in murmurs) else [])]
     out = {"classification": (["verdict"] if f.binary else []) + (["murmur"] if "murmur" in f.looked_for and f.findings is not None else []) + (["quality"] if f.quality == "poor" or f.quality and _one_in(8, f.recording_id, "quality") else []),
            "detection": ["findings", narrow] if said else [], **{t: [k] if said else [] for t, k in (("reporting", "report"), ("reasoning", "reasoning"), ("differential", "differential"))},
            "location": (["site"] if said and f.site else []) + (["spread"] if f.loudest and murmurs else []),
@@ -169,6 +173,7 @@ def synthesize(
     workers:int=1,        # processes; the pairs do not depend on it
 ) -> pd.DataFrame:        # rows of `PAIRS`
     "StethoBench from labels, by the grammar. Raises `StethoError` on unknown findings, where no recording supports a question, and if an answer does not read back as its labels."
+    table = table.reset_index(drop=True)
     known = all_facts(table)
     table = table[table.split.notna()]
     partners = Partners(table, known)

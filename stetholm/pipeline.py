@@ -19,7 +19,7 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .config import STAGES, StethoError, read_json, stages_between, write_json, write_whole
+from .config import STAGES, StethoError, cache_folder, read_json, stages_between, write_json, write_whole
 from .run import is_current, open_run, package_folder, run_note, runs_folder
 
 # %% ../nbs/15_pipeline.ipynb #15-005
@@ -309,20 +309,47 @@ def data_audit(
 def synthesize(
     table: Annotated[str, typer.Argument(help="recordings.parquet")],
     out: Annotated[str, typer.Option("-o", help="table to write: .parquet; .jsonl as the authors' code reads it; a folder for Hugging Face datasets")] = "stethobench.parquet",
-    per_task: Annotated[int, typer.Option(help="pairs a recording and task")] = 1,
+    per_task: Annotated[int, typer.Option(help="rounds of questions a recording")] = 1,
     seed: Annotated[int, typer.Option(help="of the wordings")] = 0,
+    workers: Annotated[int, typer.Option(help="processes; the pairs do not depend on it")] = 1,
+    card: Annotated[Optional[str], typer.Option(help="folder for the benchmark card and Croissant metadata")] = None,
+    endpoint: Annotated[Optional[str], typer.Option(help="OpenAI-compatible address, as http://localhost:8000/v1, of a model that rewrites the pairs; its key is read from $STETHOLM_API_KEY")] = None,
+    model: Annotated[str, typer.Option(help="its name there")] = "",
+    per_minute: Annotated[float, typer.Option(help="requests a minute; 0: as fast as it answers")] = 0,
+    prices: Annotated[str, typer.Option(help="of a million prompt and completion tokens, as 0.15,0.60")] = "0,0",
 ):
     "Instruction-response pairs from a recordings table"
-    from stetholm.instructions import PAIRS, synthesize as make
+    from stetholm.instructions import PAIRS, synthesize as make, without_pairs
     from stetholm.recordings import RECORDINGS, read_table, write_table
     if Path(out).suffix not in (".parquet", ".jsonl", ""): raise StethoError(f"-o {out}: pairs are written as .parquet, as .jsonl, or into a folder without an ending")
+    if card and not out.endswith(".parquet"): raise StethoError(f"--card describes a .parquet: write the pairs to one instead of {out}")
+    if bool(endpoint) != bool(model): raise StethoError("a language model is asked with --endpoint and --model together")
     recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
-    pairs = make(recordings, per_task, seed)
+    pairs = make(recordings, per_task, seed, workers)
+    if endpoint: pairs = _rewritten(pairs, endpoint, model, per_minute, prices)
     if out.endswith(".parquet"): write_table(pairs, out, PAIRS)
     else:
         from stetholm.exchange import write_bench, write_dataset
         (write_bench if out.endswith(".jsonl") else write_dataset)(pairs, recordings, out)
-    print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {len(recordings)} recordings, in {out}")
+    print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {pairs.recording_ids.explode().nunique()} of {len(recordings)} recordings, in {out}")
+    for row in without_pairs(recordings, pairs).itertuples(): print(f"{row.recordings} recordings of {row.source} gave no pair: {row.why}")
+    if card:
+        from stetholm.bench_card import write_bench_card
+        licences = recordings.reset_index(drop=True).groupby("source").licence.unique().map(sorted).to_dict()
+        print(f"{', '.join(write_bench_card(pairs, out, card, Path(out).stem, licences))} in {card}")
+
+def _rewritten(pairs, endpoint, model, per_minute, prices):
+    "The pairs in a model's words, with a line on what was refused and what it cost"
+    from stetholm.instructions import engine_llm
+    from stetholm.llm import Chat, Endpoint
+    try: price_in, price_out = map(float, prices.split(","))
+    except ValueError: raise StethoError(f"--prices {prices}: two numbers with a comma between them") from None
+    chat = Chat(Endpoint(endpoint, model, per_minute=per_minute, price_in=price_in, price_out=price_out), cache_folder()/"replies.sqlite")
+    pairs, report = engine_llm(pairs, chat)
+    use, refused = chat.usage, report.faults.explode().dropna().value_counts()
+    print(f"{report.accepted.sum()} pairs in the words of {model}, {(~report.accepted).sum()} kept as they were; {use['requests']} requests, {use['cached']} replies out of the cache, {use['prompt_tokens']} + {use['completion_tokens']} tokens, cost {use['cost']:.4f}")
+    for fault, n in refused.head(8).items(): print(f"refused {n} times: {fault}")
+    return pairs
 
 @app.command()
 def evaluate(

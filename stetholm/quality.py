@@ -19,6 +19,7 @@ import seaborn as sns
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from .reader import SAFETY
 from .shift import PALETTE, across_patients
 from .transfer import auroc_interval
 from .vocabulary import SITES
@@ -27,8 +28,9 @@ from .vocabulary import SITES
 def verdict(
     evidence:str,  # of a pair, JSON: {"recordings": [...]}, or the list alone
 ) -> str:
-    "The first recording's verdict: normal, abnormal, or None if not known"
+    "The first recording's verdict: normal, abnormal, or None if it is not known or the answer is of something else"
     known = json.loads(evidence)
+    if isinstance(known, dict) and known.get("asked") in (*SAFETY, "quality", "spread", "loudest"): return None
     recordings = known["recordings"] if isinstance(known, dict) else known
     return recordings[0].get("binary") if recordings else None
 

@@ -25,7 +25,7 @@ FAMILIES = {
 }
 _TIMES = {"early ": r"early[- ]", "mid ": r"mid[- ]?(?:to[- ]late[- ])?|the middle of ", "late ": r"late[- ]", "holo": r"holo|pan|all of |throughout "}
 NEXT = {  # what the finding after it is like: "fine crackles"
-    "fine": r"fine\b", "coarse": r"coarse\b", "continuous": r"continuous (?=murmur)", "soft": r"(?:soft|faint)\b", "loud": r"loud\b", "mild": r"mild\b", "moderate": r"moderate\b", "severe": r"severe\b", "inspiration": r"inspiratory\b", "expiration": r"expiratory\b",
+    "fine": r"fine\b", "coarse": r"coarse\b", "continuous": r"continuous\b(?! (?:musical|tone|sound))", "soft": r"(?:soft|faint)\b", "loud": r"loud\b", "mild": r"mild\b", "moderate": r"moderate\b", "severe": r"severe\b", "inspiration": r"inspiratory\b", "expiration": r"expiratory\b",
     **{f"{when}{half}": rf"(?:{p}){half[:-2]}(?:ic|e)\b" for when, p in _TIMES.items() for half in ("systolic", "diastolic")}, "systolic": r"systol(?:ic|e)\b", "diastolic": r"diastol(?:ic|e)\b",
 }
 PREVIOUS = {  # what the finding before it is like: "wheezes in expiration"
@@ -252,6 +252,7 @@ def _asked_faults(asked, said, r, proof, families, yes, verdicts, about):
     if asked == "quality":
         said_ = {s.what for s in said if s.kind == "quality"}
         return drop("quality") if not said_ else [] if said_ == {r["quality"]} else [Fault("quality", r["quality"], about)]
+    if asked in ("times", "count", "phase") and not families: return [] if cleared or "normal" in verdicts else drop("verdict")
     if asked in ("times", "count"): return missing + [Fault("dropped", f"{f}: {asked}", about) for f in sorted({FINDINGS[e[0]].family for e in r["events"]} & yes - numbered)]
     if asked == "phase":
         told = {(s.what, d) for s in said if s.kind == "finding" for d in s.details}

@@ -9,7 +9,7 @@ import pytest
 
 from stetholm.bench_card import bench_sections, faithfulness, measure, write_bench_card
 from stetholm.config import StethoError
-from stetholm.instructions import PAIRS, is_right, synthesize
+from stetholm.instructions import PAIRS, synthesize
 from stetholm.phantom import make_phantom
 from stetholm.quality import (CONTEXT, PAPER, balance, beside_paper, composition, draw_composition, draw_duplicates, draw_leakage, draw_lengths, duplicates,
                               guess, language, languages, near_duplicates, prior_leakage, verdict)
@@ -118,11 +118,10 @@ def test_guesses_of_next_to_nothing():
 
 def test_faithfulness_reads_answers(bench):
     pairs = bench[0].head(100)
-    wrong = pairs.assign(response=pairs.response.where(pairs.index >= 50, "I cannot tell."), engine="another")
+    wrong = pairs.assign(response=pairs.response.where(pairs.index >= 50, "It is raining."), engine="another")
     both = faithfulness(pd.concat([pairs, wrong]))
     share = both.assign(right=both.pairs*both.faithful).groupby("engine")[["right", "pairs"]].sum()
-    assert share.right.to_dict() == pytest.approx({"another": 50, "template": 100}) and (faithfulness(pairs, lambda answer, evidence, task: False).faithful == 0).all()
-    assert all(is_right(r.response, r.evidence, r.task) for r in pairs.itertuples())
+    assert share.right.to_dict() == pytest.approx({"another": 50, "template": 100})
 
 
 def test_figures(bench):
