@@ -182,6 +182,8 @@ def _present(f, pick, rng, family):
     return pick(f"No, there {be} no {bare}{rest}.", f"No: no {bare} {be} heard{rest}.")
 
 # %% ../nbs/05f_grammar.ipynb #05f-012
+def _told(it, pick): return pick(f"{_capital(it)}.", f"I hear {it}.")
+
 def _spans(f):
     "Each finding's times as phrases"
     out = []
@@ -197,20 +199,20 @@ def _one_kind(f, term): return len({t for t, _, _ in f.events if FINDINGS[t].fam
 
 def _nothing(f, pick): return pick(f"{_capital(heard(f))}.", f"There is nothing of the kind: {heard(f)}.", f"None are heard: {heard(f)}.")
 
-def _times(f, pick, rng): return _nothing(f, pick) if not f.findings else _capital("; ".join(_spans(f))) + "."
+def _times(f, pick, rng): return _nothing(f, pick) if not f.findings else _told("; ".join(_spans(f)), pick)
 
 def _count(f, pick, rng):
     if not f.findings: return _nothing(f, pick)
     words, parts = {1: "once", 2: "twice"}, []
     for family, n in _tally(f).items():
         terms = list(dict.fromkeys(FINDINGS[t].said for t, _, _ in f.events if FINDINGS[t].family == family))
-        name = terms[0] if len(terms) == 1 else " and ".join([t.split()[0] for t in terms[:-1]] + [terms[-1]])
+        name = terms[0] if len(terms) == 1 else " and ".join([t.rpartition(" ")[0] for t in terms[:-1]] + [terms[-1]])
         parts.append(f"{name} {words.get(n, f'{n} times')}")
-    return _capital("; ".join(parts)) + "."
+    return _told("; ".join(parts), pick)
 
 def _phase(f, pick, rng):
     if not f.findings: return _nothing(f, pick)
-    if f.domain == "lung": return _capital(_list([f"{_list([FINDINGS[t].said for t in f.findings if FINDINGS[t].family == family])} in {' and '.join(p for x, p in f.phases if x == family)}" for family in dict(f.phases)], "; ")) + "."
+    if f.domain == "lung": return _told(_list([f"{_list([FINDINGS[t].said for t in f.findings if FINDINGS[t].family == family])} in {' and '.join(p for x, p in f.phases if x == family)}" for family in dict(f.phases)], "; "), pick)
     murmurs = [t for t in f.findings if FINDINGS[t].family == "murmur"]
     if len(murmurs) == 1: return pick(f"The murmur is {murmurs[0].removesuffix(' murmur')}.", f"{_capital(FINDINGS[murmurs[0]].said)}.")
     return f"There is {_list([FINDINGS[t].said for t in murmurs])}."
@@ -246,7 +248,7 @@ def _has(f): return "is too noisy to judge" if f.quality == "poor" else f"has {h
 
 def _compare(known, pick, rng):
     a, b = known
-    if a.findings == b.findings and "poor" not in (a.quality, b.quality): said = f"Both recordings have {heard(a)}." if a.findings else pick(f"Both recordings are normal, with {heard(a)}.", "Both are normal.")
+    if a.findings == b.findings and "poor" not in (a.quality, b.quality): said = pick(f"Both recordings have {heard(a)}.", f"Both have {heard(a)}.", f"They agree: both have {heard(a)}.") if a.findings else pick(f"Both recordings are normal, with {heard(a)}.", "Both are normal.")
     else:
         said = pick(f"The first recording {_has(a)}; the second {_has(b)}.", f"The first {_has(a)}, while the second {_has(b)}.", f"They differ: the first {_has(a)}, the second {_has(b)}.")
     top = a.loudest if a.loudest in (a.site, b.site) and a.loudest == b.loudest and a.heard_at == b.heard_at else None
@@ -254,6 +256,7 @@ def _compare(known, pick, rng):
 
 def _site(f, pick, rng):
     where = f"the {valve_of(f.site)} valve is heard best" if f.domain == "heart" and valve_of(f.site) else f"one hears {lobe_of(f.site)}" if f.domain == "lung" else "the heart is heard"
+    if f.findings and rng.random() < .5: return f"There {_are(f)} {heard(f, rng)} at the {place(f.site, f.domain)}, where {where}."
     here = f"there {_are(f)} {heard(f, rng)} here" if f.findings else pick(f"the {f.domain} sounds are normal here, with {heard(f)}", f"what is heard here is normal, with {heard(f)}")
     return f"At the {place(f.site, f.domain)} {where}; {here}."
 

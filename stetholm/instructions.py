@@ -58,7 +58,8 @@ def kinds_of(
            "detection": ["findings", narrow] if said else [], **{t: [k] if said else [] for t, k in (("reporting", "report"), ("reasoning", "reasoning"), ("differential", "differential"))},
            "location": (["site"] if said and f.site else []) + (["spread"] if f.loudest and murmurs else []),
            "safety": ["noise"] if f.quality == "poor" else [["mismatch", "unanswerable", "treatment"]] if _one_in(4, f.recording_id, "safety") else []}
-    return {t: kinds for t, kinds in out.items() if kinds}
+    out = {t: kinds for t, kinds in out.items() if kinds}
+    return out if set(out) != {"safety"} else {}
 
 # %% ../nbs/06_instructions.ipynb #06-011
 class Partners:

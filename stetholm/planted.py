@@ -15,7 +15,7 @@ import pandas as pd
 from .causes import CAUSES
 from .facts import Facts
 from .grammar import respond
-from .reader import faults, read
+from .reader import SAFETY, faults, read
 from .vocabulary import FINDINGS
 
 # %% ../nbs/05g_planted.ipynb #05g-004
@@ -25,7 +25,7 @@ def _swap(text, *pairs):
     out = re.sub(r"\b(?:" + "|".join(sorted(map(re.escape, table), key=len, reverse=True)) + r")\b", lambda m: table[m[0]], text)
     return out if out != text else None
 
-def _polarity(text, proof, rng): return _swap(text, ("normal", "abnormal")) or _swap(text, ("there are", "there are no"), ("there is", "there is no"), ("I hear", "I hear no"), ("has", "has no"), ("Present", "Absent"))
+def _polarity(text, proof, rng): return None if proof["asked"] in SAFETY or "nothing" in text else _swap(text, ("normal", "abnormal")) or _swap(text, ("there are", "there are no"), ("there is", "there is no"), ("I hear", "I hear no"), ("has", "has no"), ("Present", "Absent"))
 
 def _side(text, proof, rng): return _swap(text, ("left", "right")) if any(w in (proof["recordings"][0].get("site") or "") for w in ("left", "right")) and "sternal" not in text else None
 

@@ -20,7 +20,7 @@ FAMILIES = {
     "wheeze": r"wheez\w*", "rhonchi": r"rhonch\w*", "stridor": r"stridor\w*", "crackle": r"crackl\w*|crepit\w*|rales?\b", "pleural rub": r"pleural (?:friction )?rubs?",
     "bronchial breathing": r"bronchial breath\w*", "murmur": r"murmurs?", "third heart sound": r"third heart sounds?|s3\b", "fourth heart sound": r"fourth heart sounds?|s4\b",
     "atrial fibrillation": r"atrial fibrillation", "tachycardia": r"tachycardi\w*", "bradycardia": r"bradycardi\w*", "AV block": r"av block|atrioventricular block|heart block",
-    "split second heart sound": r"(?:a )?(?:widely )?split(?:ting of the)? (?:second heart sounds?|s2\b)", "click": r"(?:ejection |mid[- ]?systolic )?clicks?\b", "opening snap": r"opening snaps?", "pericardial rub": r"pericardial (?:friction )?rubs?",
+    "split second heart sound": r"(?:a )?(?:widely )?split(?:ting of the)? (?:second heart sounds?|s2\b)", "click": r"(?:ejection )?clicks?\b", "opening snap": r"opening snaps?", "pericardial rub": r"pericardial (?:friction )?rubs?",
     "cough": r"(?:barking )?cough\w*", "sneeze": r"sneez\w*", "sniffle": r"sniffl\w*", "throat clearing": r"throat[- ]clearing",
 }
 _TIMES = {"early ": r"early[- ]", "mid ": r"mid[- ]?(?:to[- ]late[- ])?|the middle of ", "late ": r"late[- ]", "holo": r"holo|pan|all of |throughout "}
@@ -56,7 +56,7 @@ _OTHER = {
     "extra": r"\b(?:added|abnormal|extra|adventitious|other|pathological) (?:\w+ )?(?:sounds?|findings?)\b|\babnormalit(?:y|ies)\b",
     "poor": r"\b(?:inadequate|not adequate|(?:poor|insufficient|low) quality|too noisy|not good enough|unusable)\b", "adequate": r"\b(?:adequate|good enough|(?:good|sufficient) quality|can be judged)\b",
     "declined": r"\b(?:cannot|can't|can not|could not|unable to|not able to|no recording can|impossible to|not possible to) (?:say|tell|judge|answer|recommend|advise|show|measure|be (?:judged|answered|told|known|said|read)|give|determine|assess|decide|name|choose)",
-    "loudest": r"\bloudest\b", "range": r"\b(\d+(?:\.\d+)?) ?(?:to|-|–|and) ?(\d+(?:\.\d+)?) ?(?:s\b|sec\w*)", "number": r"\b\d+(?:\.\d+)?(?: ?(?:s\b|sec\w*|a minute|per minute|bpm|times|years?(?: old)?|-year-old|months?|hz|mmhg|%|mg|ml|cm|areas?|sites?))?|\b(?:once|twice|two|three|four|five|six|seven|eight|nine|ten)\b(?! phases)(?: times| areas| sites)?",
+    "loudest": r"\bloudest\b", "range": r"\b(\d+(?:\.\d+)?) ?(?:to|-|–|and) ?(\d+(?:\.\d+)?)(?: ?s\b| ?sec\w*|(?=(?:, | and |, and )from \d))", "number": r"\b\d+(?:\.\d+)?(?: ?(?:s\b|sec\w*|a minute|per minute|bpm|times|years?(?: old)?|-year-old|months?|hz|mmhg|%|mg|ml|cm|areas?|sites?))?|\b(?:once|twice)\b|\b(?:two|three|four|five|six|seven|eight|nine|ten)(?: times| areas| sites|(?= (?:\w+ )?(?:wheez|crackl|rhonch|event)))",
     "list": r"(?:^|(?<=[.;] ))\d\.(?= )",
 }
 _LEAK = re.compile(r"\b(?:" + "|".join(sorted({re.escape(w) for k in SOURCES for w in (k, k.replace("_", "-"), k.replace("_", " ")) if len(w) > 3 and k != "folder"} | {"spr", "kauh", "physionet", r"sprsound\w*", r"hls[- ]?cmds", r"bmd[- ]hs", r"zch\w*", "flusense", r"cinc\w*", "data ?set", "stetho-?mini"})) + r")\b", re.I)
@@ -241,7 +241,9 @@ def _asked_faults(asked, said, r, proof, families, yes, verdicts, about):
     drop = lambda what: [Fault("dropped", what, about)]
     cleared = any(s.kind == "finding" and s.holds == "no" for s in said)
     answers = {s.what for s in said if s.kind == "answer"}
+    told = {(s.what, d) for s in said if s.kind == "finding" for d in s.details}
     missing = [Fault("dropped", f, about) for f in sorted(families) if f not in yes]
+    missing += [Fault("dropped", t, about) for f in sorted(yes & set(families)) if len(families[f]) > 1 for t in families[f] if (kind := t.removesuffix(f" {f}")) in NEXT and (f, kind) not in told]
     numbered = {s.details[1] for s in said if s.kind == "number"}
     if asked == "verdict": return [] if verdicts or yes or cleared else drop("verdict")
     if asked in ("murmur", "present"):
@@ -255,12 +257,11 @@ def _asked_faults(asked, said, r, proof, families, yes, verdicts, about):
     if asked in ("times", "count", "phase") and not families: return [] if cleared or "normal" in verdicts else drop("verdict")
     if asked in ("times", "count"): return missing + [Fault("dropped", f"{f}: {asked}", about) for f in sorted({FINDINGS[e[0]].family for e in r["events"]} & yes - numbered)]
     if asked == "phase":
-        told = {(s.what, d) for s in said if s.kind == "finding" for d in s.details}
         wanted = [tuple(p) for p in r["phases"]] if "phases" in r else [("murmur", t.removesuffix(" murmur")) for t in families.get("murmur", ())]
         return [Fault("dropped", f"{f}: {d}", about) for f, d in wanted if (f, d) not in told]
     places = {s.what for s in said if s.kind == "place"}
     if asked == "spread" and f"{valve_of(r['loudest'])} area" not in places: return drop("loudest")
-    if asked == "spread" and not yes: return [Fault("dropped", p, about) for p in r["heard_at"] if f"{valve_of(p)} area" not in places and ("areas", str(len(r["heard_at"]))) not in {(s.what, s.details[0]) for s in said if s.kind == "number"}]
+    if asked == "spread": return [] if yes else [Fault("dropped", p, about) for p in r["heard_at"] if f"{valve_of(p)} area" not in places and ("areas", str(len(r["heard_at"]))) not in {(s.what, s.details[0]) for s in said if s.kind == "number"}]
     if r.get("quality") == "poor": return [] if "poor" in {s.what for s in said if s.kind == "quality"} else drop("quality")
     if not families and not (cleared or "normal" in verdicts): missing = drop("verdict")
     if asked == "report" and not verdicts: missing += drop("verdict")
