@@ -25,21 +25,24 @@ from .grammar import ALIASES, TASKS
 # %% ../nbs/06a_exchange.ipynb #06a-005
 COLUMNS = ("filename", "split", "dataset", "instruction", "response", "task", "distribution")
 THEIR_TASKS = {v: k for k, v in ALIASES.items()}  # a task as the authors' code spells it
+_TOLD = re.compile(r"^(?:\[[^\]]*\]|(?:recorded (?:at|with)|digital stethoscope|this is an?|the patient is)\b[^.:]*\.)\s+")  # what a user tells of the patient before the question
 RULES = [(task, re.compile(rule)) for task, rule in [  # the first that matches
-    ("comparison", r"\bcompar|\bdiffer(?:s|ence|ences)?\b(?! diagnos)|\b(?:two|both) (?:\w+ )?(?:recordings|sounds|clips)"),
-    ("location", r"\bsite\b|\blocation\b|\bsignificance of the\b|\bthere\b.*\b(?:tell|heard|add)|\brecorded (?:at|from|over)\b|\blistening there"),
-    ("differential", r"differential|\bcauses?\b|conditions? fit|\bwhich (?:disease|condition)s?\b"),
-    ("reasoning", r"\bexplain|\breason|what does it mean|\bevidence\b|\brationale\b|\bwhy\b"),
-    ("reporting", r"\breport\b|summar"),
-    ("classification", r"normal or abnormal|\b(?:is|are|would you call)\b.*\bnormal\b|\bclassif"),
-    ("detection", r"\bwhat do you hear|\bwhich\b.*\b(?:sounds?|findings?)\b|\badded sounds?|\bidentif|\bdetect|\bprimary sound|\bsound event|\bis there (?:a|an|any)\b"),
+    ("location", r"\bloud(?:er|est)\b|\bmaximum at\b|\bradiat|\borigin\b"),
+    ("comparison", r"\bcompar|\bcontrast\b|\bdiffer(?:s|ence|ences)?\b(?! diagnos)|\b(?:two|both) (?:\w+ )?(?:recordings|sounds|clips)|\bfirst\b.*\bsecond\b|\bof the two\b|\bthe two\b|\bin each\b|\bat both\b|\bchange between\b|\bis different\b|\bthe better one\b"),
+    ("reporting", r"\breport\b|summar|\bauscultation paragraph|\bin the chart\b|\bdocument this\b|\breferral\b|\bstructured annotation"),
+    ("differential", r"differential|\bcauses?\b|conditions? fit|\bwhich (?:disease|condition)s?\b|\bdiagnoses\b|\bwhich test\b"),
+    ("location", r"\bsite\b|\blocation\b|\bsignificance of the\b|\bheard there\b|\brecorded (?:at|from|over)\b|\blisten(?:ing)? (?:there|at)\b|\bstethoscope on\b|\bwhich structure\b|\brelate what is heard\b"),
+    ("reasoning", r"\bexplain|\breason|what does it mean|\bevidence\b|\brationale\b|\bwhy\b|\bjustif|\bmechanism\b|\bphysiology\b|\bconclusion\b"),
+    ("classification", r"\bnormal\b(?! sounds?\b)(?!.*list)|\bhealthy\b|\bclassif|\bconcerned\b|\bquality\b|\bnoisy\b|\bgood enough\b|\bcan this recording be used\b|\brecord this again\b|\b(?:murmur or no|between murmur|is a|a murmur is|contain a|is it a|there is a) murmur|\bmurmur, present\b|\bmurmur (?:or no|present)\b|\banything abnormal here\b"),
+    ("detection", r"\bhear(?:d|ing)?\b|\bfindings?\b|\bsounds?\b|\bidentif|\bdetect|\bevents?\b|\b(?:is|are) there\b|\bthere (?:is|are)\b|\bsign of\b|\bcheck this\b|\bpresent or absent\b|\btiming\b|\bwhen\b|\bhow often\b|\blabels\b"),
 ]]
 
 def task_by_rule(
     question:str,  # as typed
 ) -> str:          # one of `TASKS`, or None if no rule knows it
     "The task that a question's wording asks for"
-    return next((task for task, rule in RULES if rule.search(question.lower())), None)
+    asked = _TOLD.sub("", question.lower())
+    return next((task for task, rule in RULES if rule.search(asked)), None)
 
 # %% ../nbs/06a_exchange.ipynb #06a-008
 def read_bench(

@@ -49,7 +49,7 @@ def _dropped(text, proof, rng):
     r = proof["recordings"][0]
     said = [FINDINGS[t].said for t in r["findings"] or ()]
     if len(proof["recordings"]) > 1 or len({FINDINGS[t].family for t in r["findings"] or ()}) < 2 or proof["asked"] not in ("findings", "report", "site"): return None
-    gone = next((s for s in said if re.search(rf"(?:, | and ){s}\b", text)), None)
+    gone = next((s for s in said if re.search(rf"(?:, | and )(?:\w+ory )?{s}\b", text)), None)
     return re.sub(rf"(?:, | and )(?:\w+ory )?{gone}\b(?: in \w+)?", "", text) if gone else None
 
 def _diagnosis(text, proof, rng):

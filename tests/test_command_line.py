@@ -138,8 +138,12 @@ def test_scan_audit_and_synthesize_follow_each_other(stetholm, pack):
 
     made = stetholm("synthesize", "recordings.parquet", "--per-task", "2", "-o", "bench.parquet")
     pairs = pd.read_parquet(stetholm.cwd/"bench.parquet")
-    assert made.returncode == 0 and made.stdout.startswith(f"{len(pairs)} pairs over 7 tasks from 20 recordings"), made.stderr
-    assert pairs.groupby(["task", pairs.recording_ids.str[0]]).size().eq(2).all() and pairs.pair_id.is_unique
+    assert made.returncode == 0 and made.stdout.startswith(f"{len(pairs)} pairs over 8 tasks from 20 of 20 recordings"), made.stderr
+    assert pairs[pairs.task.isin(["reporting", "reasoning"])].groupby(["task", pairs.recording_ids.str[0]]).size().eq(2).all() and pairs.pair_id.is_unique
+    assert stetholm("synthesize", "recordings.parquet", "--per-task", "2", "--workers", "2", "-o", "again.parquet").returncode == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(stetholm.cwd/"again.parquet"), pairs)
+    carded = stetholm("synthesize", "recordings.parquet", "--card", "card", "-o", "carded.parquet")
+    assert carded.returncode == 0 and {"stethobench_card.md", "stethobench_card.html", "stethobench_croissant.json"} <= {p.name for p in (stetholm.cwd/"card").iterdir()}, carded.stderr
     for out, holds in (("bench.jsonl", "bench.jsonl"), ("bench", "bench/recordings/test.parquet")):
         again = stetholm("synthesize", "recordings.parquet", "-o", out)
         assert again.returncode == 0 and (stetholm.cwd/holds).is_file() and again.stdout.endswith(f"in {out}\n"), again.stderr

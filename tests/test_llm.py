@@ -8,10 +8,14 @@ import threading
 import time
 from email.utils import formatdate
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from stetholm.config import StethoError
+from stetholm.facts import Facts
+from stetholm.grammar import respond
+from stetholm.instructions import engine_llm
 from stetholm.llm import AGAIN, KEYS, Chat, Endpoint, Replies, read_pair, rewrite
 
 SECRET = "sk-very-secret-4711"
@@ -322,3 +326,18 @@ def test_a_pair_is_found_in_whatever_surrounds_it():
     assert read_pair("ok " + says("a {b}", "c\n  d \N{EN DASH} e") + " {bye}") == ("a {b}", "c d \N{EN DASH} e")
     assert read_pair('{"pairs": [' + says("a", "b") + "]}") == ("a", "b")
     assert all(read_pair(t) is None for t in ("", "[]", "{"*3000, "[{"*3000, '{"a": ' * 3000, says("a", ""), says("a", "\x00"), says("a", "\ud83d"), says("a", 3), '{"instruction": "a", "response": "b'))
+
+
+def test_the_engine_refuses_what_the_reader_refuses(desk):
+    "A flipped verdict, an added finding, a dropped one and a leak are each mended; one that is always wrong keeps the grammar's answer"
+    f = Facts("icbhi/1", "lung", "abnormal", ("wheeze",), "trachea", looked_for=("wheeze", "crackle"))
+    answer, proof = respond("findings", [f], np.random.default_rng(0))
+    pairs = pd.DataFrame([pair(n, "wheeze", question=f"What is heard, {n}?", answer=answer) | {"evidence": proof} for n in range(5)])
+    lies = ["No wheezes are heard.", "Wheezes and crackles are heard.", "There are crackles.", "Wheezes, as in ICBHI 2017.", "This is normal."]
+    def model(body):
+        n = next(n for n in range(5) if f"heard, {n}?" in body["messages"][1]["content"])
+        return says("Which sounds?", lies[n] if len(body["messages"]) == 2 or n == 4 else "High whistling sounds: wheezes.")
+    desk["says"] = model
+    out, report = engine_llm(pairs, client(desk))
+    assert out.response.tolist() == ["High whistling sounds: wheezes."]*4 + [answer] and out.engine.tolist() == ["llm:toy"]*4 + ["template"]
+    assert report.accepted.tolist() == [True]*4 + [False] and [f[0].split(":")[0] for f in report.faults] == ["polarity", "added", "added", "leak", "polarity"]

@@ -10,7 +10,9 @@ import torch
 
 from stetholm.audio import load_audio, log_mel, recording_features
 from stetholm.config import PROFILES, STAGES, file_hash
-from stetholm.instructions import TASKS, is_right
+from stetholm.grammar import TASKS
+from stetholm.planted import ERRORS, detection, plant
+from stetholm.reader import faults, is_right
 from stetholm.vocabulary import FINDINGS
 
 SOURCES = {"sprsound", "kauh", "circor", "cinc2016", "hlscmds"}
@@ -89,25 +91,36 @@ def test_audit_finds_the_recordings_clean(scanned, meta):
 
 
 def test_pairs_cover_the_tasks_and_every_recording_with_a_verdict(pairs, table):
-    assert set(pairs.task) == set(TASKS) and len(TASKS) == 7
-    assert set(pairs.recording_ids.explode()) == set(table[table.binary.notna()].recording_id)
+    assert set(pairs.task) == set(TASKS) and len(pairs) >= 6_000
+    assert set(pairs.recording_ids.explode()) >= set(table[table.binary.notna()].recording_id)
+    assert set(pairs[pairs.task == "detection"].recording_ids.explode()) >= set(table[table.findings.map(len) > 0].recording_id)
+    counts = pairs.groupby(["task", "dataset"]).size().unstack(fill_value=0)
+    assert (counts.drop("location")[["circor", "kauh", "sprsound", "hlscmds"]] > 0).all(axis=None) and counts.cinc2016.gt(0).to_dict() == {t: t in ("classification", "safety") for t in TASKS}  # CinC 2016 gives a verdict and a quality
 
 
 def test_every_answer_reads_back_as_its_labels(pairs, table):
-    assert all(is_right(p.response, p.evidence, p.task) for p in pairs.itertuples())
+    assert all(faults(p.response, p.evidence) == () and is_right(p.response, p.evidence) for p in pairs.itertuples())
     for p in pairs.itertuples():
-        assert [(e["recording_id"], e["binary"]) for e in json.loads(p.evidence)] == [(i, table.binary[i]) for i in p.recording_ids]
+        said = json.loads(p.evidence)["recordings"]
+        assert [(r["recording_id"], r["binary"]) for r in said] == [(i, table.binary[i] if pd.notna(table.binary[i]) else None) for i in p.recording_ids]
+        assert all(set(r["findings"] or ()) == set(table.findings[r["recording_id"]]) for r in said)
+
+
+def test_planted_errors_are_found_and_faithful_answers_let_through(pairs):
+    found = detection(plant(pairs, 60))
+    assert found.errors.sum() >= 300 and len(found) == len(ERRORS) and (found.errors >= 20).all()
+    assert (found.accepted == found.errors).all() and found.found.sum() >= .97*found.errors.sum() and (found.recall >= .9).all(), found
 
 
 def test_comparison_has_two_recordings_of_one_split_and_the_others_one(pairs, table):
     count = pairs.recording_ids.map(len)
-    assert (count == 1 + (pairs.task == "comparison")).all()
+    assert (count == 1 + ((pairs.task == "comparison") | pairs.pair_id.str.contains(":loudest:"))).all()
     for first, second in pairs[pairs.task == "comparison"].recording_ids:
         assert first != second and (table.loc[first, ["split", "source", "domain"]] == table.loc[second, ["split", "source", "domain"]]).all()
 
 
 def test_no_question_names_its_dataset(pairs):
-    names = "|".join(SOURCES) + "|cinc|physionet|hls-cmds|sjtu|stetho"
+    names = "|".join(SOURCES) + "|cinc|physionet|hls-cmds|sjtu|stetho-?mini"
     assert not pairs.instruction.str.contains(names, case=False).any()
 
 
