@@ -18,7 +18,7 @@ from joblib import Parallel, delayed
 from .audit import load_recordings
 from .config import StethoError, cache_folder, write_whole
 from .facts import Facts, facts
-from .grammar import DRUGS, OTHER, TASKS, UNANSWERABLE, ask, respond, told_age
+from .grammar import DRUGS, OTHER, TASKS, UNANSWERABLE, ask, respond, told
 from .llm import Chat, Endpoint, rewrite
 from .reader import faults
 from .recordings import RECORDINGS, read_table, write_table
@@ -158,8 +158,7 @@ def _pairs_of(row, known, partners, per_task, seed):
                 if (question, heard[-1].recording_id) not in asked: break
             else: continue
             asked.add((question, heard[-1].recording_id))
-            if not told_age(question, f): heard = [h._replace(age=None) for h in heard]
-            answer, proof = respond(kind, heard, rng, **about)
+            answer, proof = respond(kind, told(question, heard), rng, **about)
             if wrong := faults(answer, proof): raise StethoError(f"{f.recording_id}, {task}: the answer {answer!r} does not read back as {proof}: {wrong[0].kind} of {wrong[0].what}", 1)
             out.append((f"{row.recording_id}:{task}:{kind}:{k}", row.filename, row.split, row.dataset, question, answer, task, row.distribution, [h.recording_id for h in heard], row.patient_id, proof, "template", form))
     return out

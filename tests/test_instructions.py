@@ -11,7 +11,7 @@ import pytest
 
 from stetholm.config import StethoError
 from stetholm.facts import Facts
-from stetholm.grammar import QUESTIONS, TASKS, ask, respond
+from stetholm.grammar import QUESTIONS, TASKS, ask, respond, told
 from stetholm.instructions import PAIRS, all_facts, kinds_of, synthesize, without_pairs
 from stetholm.phantom import make_phantom
 from stetholm.planted import ERRORS, detection, plant
@@ -59,6 +59,15 @@ def test_an_answer_varies_in_wording_and_not_in_facts(kind):
     assert len({q for (q, _), _ in made}) >= 4 and len({a for _, (a, _) in made}) >= 2
     assert len({proof for _, (_, proof) in made}) == 1 and all(faults(a, p) == () and is_right(a, p) for _, (a, p) in made)
     assert all(q and "None" not in q and "{" not in q for (q, _), _ in made)
+
+
+def test_an_answer_leans_on_age_and_site_only_where_the_question_tells_them():
+    a = Facts("r-1", "lung", "normal", (), "trachea", "61", "Male", loudest="apex"); b = a._replace(recording_id="r-2", site="left lateral")
+    hidden = lambda q, *known: [(f.age, f.site, f.loudest) for f in told(q, list(known))]
+    assert hidden("Report?", a) == [(None, None, "apex")] and hidden("61-year-old man, trachea. Report?", a) == [("61", "trachea", "apex")]
+    assert hidden("First the trachea, then the left lateral chest.", a, b) == [(None, "trachea", "apex"), (None, "left lateral", "apex")]
+    assert hidden("The second is from the left lateral chest.", a, b) == [(None, None, None), (None, "left lateral", None)]
+    assert "Site: not given." in respond("report", told("Report?", [a]), np.random.default_rng(0))[0]
 
 
 def test_what_labels_allow():
