@@ -118,7 +118,7 @@ def unpack(
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as t:
                 _look(archive, [(m.name, m.size, m.issym() or m.islnk(), not (m.isreg() or m.isdir() or m.issym() or m.islnk())) for m in t.getmembers()])
-                with write_whole(folder) as tmp: t.extractall(tmp, filter="data")
+                with write_whole(folder) as tmp: t.extractall(tmp, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.2, as in Debian 12, has no filters
         else: raise StethoError(f"{archive} is no whole zip or tar archive: fetch it again; unpack 7z and rar by hand", 1)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, ZlibError) as e: raise StethoError(f"{archive} is damaged ({str(e) or type(e).__name__}): delete it and fetch it again", 1) from None
 

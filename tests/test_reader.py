@@ -223,7 +223,7 @@ def about(kind, f, draw):
 
 
 @given(st.data(), known(), st.integers(0, 2**32 - 1))
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=800, deadline=None, derandomize=True)
 def test_what_the_grammar_says_of_any_labels_is_accepted_and_what_is_made_wrong_in_it_is_found(data, f, seed):
     rng, kind = np.random.default_rng(seed), data.draw(st.sampled_from(fitting(f)))
     answer, proof = respond(kind, [f], rng, **about(kind, f, data.draw))
@@ -235,7 +235,7 @@ def test_what_the_grammar_says_of_any_labels_is_accepted_and_what_is_made_wrong_
 
 
 @given(st.data(), known(), known(), st.integers(0, 2**32 - 1))
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 def test_two_recordings_of_any_labels(data, a, b, seed):
     assume(a.domain == b.domain)
     b, rng = b._replace(recording_id="c3"), np.random.default_rng(seed)
@@ -247,7 +247,7 @@ def test_two_recordings_of_any_labels(data, a, b, seed):
 
 
 @given(known(), st.sampled_from(["verdict", "findings", "report", "differential"]), st.integers(0, 2**32 - 1))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_questions_of_any_labels_do_not_give_the_answer_away(f, kind, seed):
     "Nothing that a question asserts is one of the findings, nor a verdict"
     task = {"verdict": "classification", "findings": "detection", "report": "reporting", "differential": "differential"}[kind]
