@@ -90,7 +90,7 @@ def _overrides(changes):
         out[key.strip()] = value.strip()
     return out
 
-SECONDS = dict(audit=40, exploration=15, instructions=10, alignment=550, sft=780, preferences=90, dpo=250, evaluation=275, figures=5)  # of profile mini on two cores
+SECONDS = dict(audit=25, exploration=16, instructions=10, alignment=610, sft=910, preferences=110, dpo=330, evaluation=280, figures=5)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
