@@ -30,7 +30,10 @@ def _polarity(text, proof, rng): return None if proof["asked"] in SAFETY or "not
 def _side(text, proof, rng): return _swap(text, ("left", "right")) if any(w in (proof["recordings"][0].get("site") or "") for w in ("left", "right")) and "sternal" not in text else None
 
 def _timing(text, proof, rng):
-    return _swap(text, ("expiratory", "inspiratory"), ("expiration", "inspiration")) or _swap(text, ("early systolic", "late systolic"), ("mid systolic", "holosystolic"), ("early diastolic", "mid diastolic")) if not re.search("inspirat(?:ory|ion) and", text, re.I) else None
+    "Another phase of the breath or the heart cycle; a pair that the text names whole would only change places, which is no error"
+    if re.search("inspirat(?:ory|ion) and", text, re.I): return None
+    murmurs = [p for p in (("early systolic", "late systolic"), ("mid systolic", "holosystolic"), ("early diastolic", "mid diastolic")) if not all(re.search(rf"\b{w}\b", text, re.I) for w in p)]
+    return _swap(text, ("expiratory", "inspiratory"), ("expiration", "inspiration")) or (_swap(text, *murmurs) if murmurs else None)
 
 def _seconds(text, proof, rng): return re.sub(r"from (\d+\.\d)", lambda m: f"from {float(m[1]) + 20:.1f}", text, count=1) if re.search(r"from \d+\.\d", text) else None
 
