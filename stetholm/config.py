@@ -50,12 +50,16 @@ class Profile:
     # encoder and projector
     alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
     alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
-    alignment_objective:str = "cola+labels"  # cola, labels, or cola+labels: one after the other
+    alignment_statistics:bool = True  # statistics of the bands beside what the encoder learns
+    alignment_phantoms:int = 8        # synthetic patients whose labels the encoder learns first; 0: none
+    alignment_phantom_epochs:int = 1  # passes over them
+    alignment_objective:str = "cola+labels"  # then: cola, labels, cola+labels (one after the other), or random: no training at all
     alignment_crop_s:float = 2.5      # seconds a COLA crop
     alignment_batch:int = 16          # recordings an encoder step
     alignment_epochs:int = 1          # passes over the training recordings
     alignment_lr:float = 2e-3         # peak learning rate of the encoder
-    alignment_prefix_tokens:int = 4   # audio tokens a recording
+    alignment_projector:str = "mlp"   # mlp: the paper's, of a recording as a whole; attention: over each window's frames
+    alignment_prefix_tokens:int = 4   # audio tokens, of a recording (mlp) or of each window (attention)
     alignment_projector_steps:int = 4 # steps of the projector alone on reporting pairs
     alignment_projector_lr:float = 1e-3  # peak learning rate of those steps
     language_model:str = "tiny"       # tiny, smollm2-135m-instruct, or a Hugging Face name or folder
@@ -68,6 +72,9 @@ class Profile:
     sft_lora_alpha:int = 32           # LoRA scale
     sft_lora_dropout:float = 0.       # on the input of every LoRA layer; a fifth of a step's time on a CPU
     sft_train_encoder:bool = True     # train the encoder with the language model, else keep it as aligned
+    sft_evaluations:int = 3           # times that the validation loss is taken; the best of these models is kept
+    sft_patience:int = 3              # evaluations in a row without a better one, after which training ends
+    sft_checkpointing:bool = False    # gradient checkpointing: less memory, a third more time
     sft_max_tokens:int = 512          # longest prompt plus answer; a longer one is an error, never cut
     # preferences
     preferences_questions:int = 8     # training questions that are sampled
@@ -95,7 +102,7 @@ class Profile:
 PROFILES = {
     "smoke": Profile(),
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_width=0.5, alignment_depth=0.5, alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=25, alignment_lr=7e-4,
+        alignment_width=0.5, alignment_depth=0.5, alignment_phantoms=600, alignment_phantom_epochs=6, alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=16, alignment_lr=7e-4,
         alignment_projector_steps=60, language_model="smollm2-135m-instruct",
         sft_steps=104, sft_batch=8, sft_lr=5e-4, sft_lora_rank=16, sft_train_encoder=False,
         preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
@@ -103,9 +110,9 @@ PROFILES = {
         evaluation_questions=320, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
     "paper": Profile(name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512,
         window_s=7., max_windows=4, phantom_patients=400, instructions_per_task=1,
-        alignment_width=1., alignment_depth=1., alignment_objective="cola", alignment_crop_s=4., alignment_batch=128,
+        alignment_width=1., alignment_depth=1., alignment_statistics=False, alignment_phantoms=0, alignment_objective="cola", alignment_crop_s=4., alignment_batch=128,
         alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000, language_model="google/medgemma-4b-it",
-        sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_max_tokens=1024,
+        sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_evaluations=90, sft_patience=5, sft_checkpointing=True, sft_max_tokens=1024,
         preferences_questions=2400, preferences_samples=5, preferences_max_tokens=240, preferences_margin=0.05,
         dpo_steps=1800, dpo_batch=4, dpo_lr=3e-6, evaluation_questions=0, evaluation_batch=16, evaluation_beams=5,
         evaluation_length_penalty=0.5, evaluation_max_tokens=240, evaluation_bootstrap=2000),
@@ -160,7 +167,7 @@ STAGES = {s.name: s for s in [
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "encoder", "model", "backbones",
+MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "encoder", "model", "backbones", "training",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017

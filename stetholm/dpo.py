@@ -16,14 +16,15 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from .alignment import Collator, Report, load_model, trainer_settings
+from .alignment import load_model
 from .augmentations import degrade
 from .audit import load_recordings, note_training
 from .config import StethoError, write_whole
 from .encoder import Features
 from .model import StethoLM, StethoLMProcessor
-from .run import Run, stage
+from .run import Run, checkpoints, stage
 from .sft import lora
+from .training import Collator, Report, trainer_settings
 
 # %% ../nbs/12_dpo.ipynb #12-006
 def mdpo_loss(
@@ -44,13 +45,14 @@ def preference_rows(
     pairs:pd.DataFrame,           # of `preferences`
     table:pd.DataFrame,           # recordings
     processor:StethoLMProcessor,  # of the model
+    features:Features,            # of the run
     most:int,                     # tokens, prompt and answer
     seed:int,                     # of the choice of other recordings
 ) -> Dataset:                     # prompt_ids, chosen_ids, rejected_ids, recording_ids, other_ids, seed
     "Preference pairs, tokenized, each with another patient's recordings of the other verdict where there is one"
     train, rows = table[table.split == "train"], []
     for n, p in enumerate(pairs.itertuples()):
-        prompt = processor.prompt_ids(p.instruction, len(p.recording_ids))
+        prompt = processor.prompt_ids(p.instruction, [features.windows(i) for i in p.recording_ids])
         chosen, rejected = (processor.answer_ids(t) for t in (p.chosen, p.rejected))
         if len(prompt) + max(len(chosen), len(rejected)) > most: raise StethoError(f"preference pair {p.pair_id} is longer than sft_max_tokens={most}: raise the limit with --set sft_max_tokens=…", 1)
         rng, others = np.random.default_rng([seed, n]), []
@@ -136,8 +138,8 @@ def dpo(
     "Stage 5b: mDPO from the SFT model. Raises `RuntimeError` if the reference has moved by the end."
     p, lm, features = run.profile, load_model(run, "sft"), Features(run/"features")
     lm.model.requires_grad_(False)
-    rows = preference_rows(pd.read_parquet(run/"pairs.parquet"), load_recordings(run), lm.processor, p.sft_max_tokens, p.seed)
-    settings = trainer_settings(p, run/".trainer", p.dpo_steps, learning_rate=p.dpo_lr, per_device_train_batch_size=p.dpo_batch, logging_steps=max(1, p.dpo_steps//12), beta=p.dpo_beta,
+    rows = preference_rows(pd.read_parquet(run/"pairs.parquet"), load_recordings(run), lm.processor, features, p.sft_max_tokens, p.seed)
+    settings = trainer_settings(p, checkpoints(run, "dpo"), p.dpo_steps, learning_rate=p.dpo_lr, per_device_train_batch_size=p.dpo_batch, logging_steps=max(1, p.dpo_steps//12), beta=p.dpo_beta,
         max_length=None, precompute_ref_log_probs=True, disable_dropout=True, conditional_weight=p.dpo_conditional_weight, anchor_weight=p.dpo_anchor_weight, anchor_margin=p.dpo_anchor_margin)
     trainer = MDPOTrainer(model=lm.model, args=MDPOConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows,
         data_collator=PreferenceCollator(lm.processor, features, p.dpo_degradation), peft_config=lora(p, ["projector"]), callbacks=[Report()])

@@ -18,7 +18,7 @@ import torch
 from .alignment import load_model
 from .audit import check_recordings, contamination, load_recordings
 from .config import Profile, StethoError, write_json, write_whole
-from .encoder import Features, embed_windows, mel_statistics, probe
+from .encoder import Features, embed_frames, mel_statistics, probe
 from .grammar import ALIASES, TASKS
 from .instructions import load_pairs
 from .model import StethoLM, answer, p_abnormal
@@ -195,10 +195,12 @@ def evaluation(
     answers, verdicts, encoder, heard = [], [], None, {}
     for name in SYSTEMS:
         lm = load_model(run, name); now = lm.model.model.audio_encoder.state_dict()
-        if encoder is None or any(not torch.equal(v, encoder[k]) for k, v in now.items()): encoder, heard = now, embed_windows(lm.model.model.audio_encoder, features, table.recording_id)
+        if encoder is None or any(not torch.equal(v, encoder[k]) for k, v in now.items()): 
+            encoder, frames = now, embed_frames(lm.model.model.audio_encoder, features, table.recording_id)
+            heard, pooled = {i: x.flatten(1) for i, x in frames.items()}, {i: x.mean((0, 1)).numpy() for i, x in frames.items()}
         answers += predict(lm, name, asked, heard, p)
         verdicts.append(predict_verdicts(lm, name, known, heard, p.evaluation_batch))
-    hearing = {"encoder probe": np.stack([heard[i].mean(0).numpy() for i in table.recording_id]), "log-mel statistics probe": mel_statistics(features, table.recording_id)}
+    hearing = {"encoder probe": np.stack([pooled[i] for i in table.recording_id]), "log-mel statistics probe": mel_statistics(features, table.recording_id)}
     verdicts = pd.concat(verdicts, ignore_index=True)
     predictions = pd.DataFrame(answers).merge(asked, on="pair_id")
     p_of = verdicts.set_index(["model", "recording_id"]).p_abnormal

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['package_folder', 'runs_folder', 'code_hash', 'Run', 'open_run', 'run_note', 'versions', 'hardware', 'git_commit',
-           'stage', 'stage_key', 'is_current', 'peak_memory', 'set_seed', 'device', 'dtype']
+           'stage', 'stage_key', 'checkpoints', 'is_current', 'peak_memory', 'set_seed', 'device', 'dtype']
 
 # %% ../nbs/00a_run.ipynb #00-002
 import contextlib
@@ -161,6 +161,13 @@ def stage_key(
     note = json.dumps([mine, code_hash(name), run.fingerprint, versions(), [stage_key(run, n) for n in s.needs]], sort_keys=True)
     return hashlib.sha256(note.encode()).hexdigest()
 
+def checkpoints(
+    run:Run,     # the run
+    name:str,    # stage
+) -> Path:
+    "Where the trainers of stage `name` keep what they need to go on after a kill; what another profile, code or data left there is another folder"
+    return run/f".trainer/{name}-{stage_key(run, name)[:16]}"
+
 def is_current(
     run:Run,     # the run
     name:str,    # stage
@@ -184,6 +191,7 @@ def _do(s, f, run):
         stamp = {"key": key, "seconds": round(time.perf_counter() - start, 1), "peak_gib": round(peak_memory(), 2),
                  "made": {m: file_hash(run/m) for m in s.makes}}
         write_json(run/f".stages/{s.name}.json", stamp)
+        for left in run.folder.glob(f".trainer/{s.name}-*"): shutil.rmtree(left)
         _write_note(run, **{s.name: stamp})
     return out
 

@@ -9,13 +9,14 @@ __all__ = ['LORA_TARGETS', 'lora', 'sft']
 import pandas as pd
 from peft import LoraConfig
 
-from .alignment import fit, load_model, training_rows
+from .alignment import load_model
 from .audit import note_training
 from .config import Profile, write_whole
 from .encoder import Features
 from .instructions import load_pairs
 from .model import StethoLM
-from .run import Run, stage
+from .run import Run, checkpoints, stage
+from .training import fit, training_rows
 
 # %% ../nbs/10_sft.ipynb #10-006
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -38,9 +39,9 @@ def sft(
         lm = load_model(run, "aligned")
         lm.model.requires_grad_(False)
         full = (["projector", "audio_encoder"] if p.sft_train_encoder else ["projector"]) if audio else []
-        rows, watched = (training_rows(load_pairs(run, s), lm.processor, p.sft_max_tokens, audio) for s in ("train", "val"))
+        rows, watched = (training_rows(load_pairs(run, s), lm.processor, features, p.sft_max_tokens, audio) for s in ("train", "val"))
         watched = watched.shuffle(seed=p.seed).select(range(min(len(watched), 8*p.sft_batch)))
-        trained, log = fit(lm, rows, watched, features, p, run/".trainer", p.sft_steps, p.sft_lr, p.sft_batch, p.sft_accumulation, lora(p, full))
+        trained, log = fit(lm, rows, watched, features, p, checkpoints(run, "sft")/name, p.sft_steps, p.sft_lr, p.sft_batch, p.sft_accumulation, lora(p, full))
         with write_whole(run/name) as tmp: StethoLM(trained.merge_and_unload(), lm.processor).save_pretrained(tmp)
         logs.append(log.assign(model=name))
     note_training(run, "sft", (i for r in load_pairs(run, "train").recording_ids for i in r))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from stetholm import backbones
 from stetholm.backbones import SMOLLM2, assemble, load_backbone, smollm2_folder
 from stetholm.config import PROFILES, StethoError, file_hash
-from stetholm.encoder import AudioEncoder
+from stetholm.encoder import new_encoder
 from stetholm.model import StethoLM, answer
 
 QUESTIONS = ["Normal or abnormal?", "What do you hear?", "Write a brief report of this heart sound.", "Give a differential diagnosis.", "Is there a wheeze, a crackle, or neither of the two?",
@@ -24,7 +24,7 @@ def lm():
     "SmolLM2 in float32 with an untrained encoder; its batch norm takes the statistics of the recordings asked about, without which it maps them all to one point"
     p = dataclasses.replace(PROFILES["mini"], dtype="float32")
     torch.manual_seed(0)
-    built = assemble(*load_backbone(SMOLLM2, torch.float32), AudioEncoder(p.alignment_width, p.alignment_depth), p)
+    built = assemble(*load_backbone(SMOLLM2, torch.float32), new_encoder(p), p)
     encoder = built.model.model.audio_encoder.train()
     for m in encoder.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.momentum = 1.
