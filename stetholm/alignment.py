@@ -15,7 +15,7 @@ from safetensors.torch import save_model
 from .audit import load_recordings, note_training
 from .backbones import assemble, load_backbone
 from .config import Profile, write_whole
-from .encoder import Heard, make_features, new_encoder, pretrain
+from .encoder import Heard, hearing, make_features, new_encoder, pretrain
 from .instructions import load_pairs
 from .model import StethoLM
 from .phantom import make_phantom
@@ -35,7 +35,7 @@ def phantoms_to_learn_from(
 
 @stage("alignment")
 def alignment(
-    run:Run,  # recordings and pairs are read; features, encoder, aligned model and log are made
+    run:Run,  # recordings and pairs are read; features, encoder, what it hears, aligned model and log are made
 ) -> pd.DataFrame:  # log: phase, step and losses
     "Stage 3: encoder pre-training, then the projector on reporting pairs"
     p, table = run.profile, load_recordings(run)
@@ -43,6 +43,7 @@ def alignment(
     encoder = new_encoder(p).to(device())
     with tempfile.TemporaryDirectory(dir=run.folder) as d: log = pretrain(encoder, features, table, p, phantoms_to_learn_from(p, Path(d)))
     with write_whole(run/"encoder") as tmp: tmp.mkdir(); save_model(encoder, str(tmp/"model.safetensors"))
+    with write_whole(run/"hearing.parquet") as tmp: hearing(encoder, features, table, p).to_parquet(tmp, index=False)
     pairs = load_pairs(run)
     text, tokenizer = load_backbone(p.language_model, dtype(p), [*pairs[pairs.split == "train"].instruction, *pairs[pairs.split == "train"].response])
     lm = assemble(text, tokenizer, encoder, p)

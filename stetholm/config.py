@@ -160,14 +160,14 @@ STAGES = {s.name: s for s in [
     Stage("audit", "04_audit", (), ("recordings.parquet", "faults.parquet", "data_card.json", "data_card.md", "data_card.html", "croissant.json"), "recordings: labels, patients, splits, checks"),
     Stage("exploration", "05_exploration", ("audit",), ("exploration.parquet", "spectra.parquet", "domain_shift.parquet"), "data exploration: what there is, in figures"),
     Stage("instructions", "06_instructions", ("audit",), ("stethobench.parquet",), "StethoBench: instruction-response pairs over seven tasks and safety"),
-    Stage("alignment", "09_alignment", ("audit", "instructions"), ("features", "encoder", "aligned", "alignment.parquet", "trained_on/alignment.json"), "COLA encoder, then the projector alone"),
+    Stage("alignment", "09_alignment", ("audit", "instructions"), ("features", "encoder", "aligned", "hearing.parquet", "alignment.parquet", "trained_on/alignment.json"), "COLA encoder, then the projector alone"),
     Stage("sft", "10_sft", ("alignment",), ("sft", "text_only", "sft.parquet", "trained_on/sft.json"), "supervised fine-tuning with LoRA, and the text-only control"),
     Stage("preferences", "11_preferences", ("sft",), ("candidates.parquet", "pairs.parquet", "trained_on/preferences.json"), "sampled answers, ranked into preference pairs"),
     Stage("dpo", "12_dpo", ("preferences",), ("dpo", "dpo.parquet", "trained_on/dpo.json"), "multimodal direct preference optimisation"),
-    Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "metrics.json"), "answers and scores in and out of distribution"),
+    Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "differences.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "encoder", "model", "backbones", "training",
+MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "model", "backbones", "training",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017

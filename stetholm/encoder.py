@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Features', 'make_features', 'EfficientNet', 'band_statistics', 'AudioEncoder', 'new_encoder', 'ColaHead', 'cola_loss',
            'label_matrix', 'common_families', 'label_loss', 'crops', 'Heard', 'pretrain', 'embed_frames', 'embed',
-           'mel_statistics', 'probe']
+           'mel_statistics', 'probe_scores', 'probe', 'hearing']
 
 # %% ../nbs/07_encoder.ipynb #07-002
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from transformers import EfficientNetConfig, EfficientNetModel
 from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
@@ -264,6 +267,7 @@ def pretrain(
             auroc = _auroc(val.binary == "abnormal", _scores(encoder, head, features, val, device)) if kind == "labels" else np.nan
             log.append(dict(phase="encoder", step=len(log) + 1, **{kind: total/steps}, val_auroc=auroc, seconds=seconds))
             report(f"epoch {len(log)}/{every}: {kind} loss {total/steps:.3f}, {f'val AUROC {auroc:.3f}, ' if auroc == auroc else ''}{seconds:.0f} s")
+    if not log: update_bn((features[i].to(device) for i in real.table.recording_id), encoder)  # weights as they were drawn, on the scale of what is heard
     encoder.eval()
     encoder.standardise(features[i].to(device) for i in real.table.recording_id)
     return pd.DataFrame(log, columns=["phase", "step", *(kind for kind, _, epochs in phases if epochs), "val_auroc", "seconds"])
@@ -311,16 +315,38 @@ def mel_statistics(
         x = standardise(features[i]); out.append(torch.cat([x.mean((0, 2)), x.std(2).mean(0)]).numpy())
     return np.stack(out)
 
+def probe_scores(
+    x:np.ndarray,        # (n, d) one row a recording of `table`
+    table:pd.DataFrame,  # recordings
+    kind:str="linear",   # logistic regression, its strength chosen by the AUROC on val; or k-NN: 20 neighbours by cosine, near ones counting more
+) -> np.ndarray:         # (n,) P(abnormal)
+    "What a probe that was trained on the train split says of every recording"
+    y, known = (table.binary == "abnormal").to_numpy(), table.binary.notna().to_numpy()
+    fit, val = (known & (table.split == s).to_numpy() for s in ("train", "val"))
+    models = [LogisticRegression(C=c, max_iter=2000) for c in (.001, .003, .01, .03, .1, 1.)] if kind == "linear" else [KNeighborsClassifier(min(20, fit.sum()), weights="distance", metric="cosine")]
+    scores = [make_pipeline(StandardScaler(), m).fit(x[fit], y[fit]).predict_proba(x)[:, 1] for m in models]
+    return max(scores, key=lambda s: np.nan_to_num(_auroc(y[val], s[val])))
+
 def probe(
     x:np.ndarray,        # (n, d) one row a recording of `table`
     table:pd.DataFrame,  # recordings
-) -> pd.DataFrame:       # source, auroc, n: test recordings with a verdict
-    "AUROC of normal against abnormal of a logistic regression on `x`, per source of the test split"
-    known, fit = table.binary.notna().to_numpy(), (table.split == "train").to_numpy()
-    y = (table.binary == "abnormal").to_numpy()
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=.05, max_iter=2000)).fit(x[known & fit], y[known & fit])
-    rows = []
-    for s, g in table.groupby("source"):
-        at = (table.source == s).to_numpy() & known & (table.split == "test").to_numpy()
-        if at.any(): rows.append(dict(source=s, distribution=g.distribution.iloc[0], auroc=_auroc(y[at], model.predict_proba(x[at])[:, 1]), n=int(at.sum())))
-    return pd.DataFrame(rows)
+    kind:str="linear",   # as of `probe_scores`
+) -> pd.DataFrame:       # source, distribution, auroc, n: test recordings with a verdict
+    "AUROC of normal against abnormal of a probe on `x`, per source of the test split"
+    test = table.assign(score=probe_scores(x, table, kind), sick=table.binary == "abnormal")[(table.split == "test") & table.binary.notna()]
+    return pd.DataFrame([dict(source=s, distribution=g.distribution.iloc[0], auroc=_auroc(g.sick, g.score), n=len(g)) for s, g in test.groupby("source")])
+
+def hearing(
+    encoder:AudioEncoder,  # after `pretrain`
+    features:Features,     # windows
+    table:pd.DataFrame,    # recordings
+    profile:Profile,       # `alignment_*`, for the encoder that has learnt nothing
+) -> pd.DataFrame:         # recording_id, model, p_abnormal: of test recordings with a verdict
+    "What probes say: of the encoder, of one of its size that has learnt nothing, and of plain statistics"
+    untrained = new_encoder(replace(profile, alignment_statistics=False)).to(next(encoder.parameters()).device)
+    pretrain(untrained, features, table, replace(profile, alignment_objective="random"))
+    ids = table.recording_id; heard = embed(encoder, features, ids)
+    sets = {"encoder probe": (heard, "linear"), "encoder k-NN": (heard, "k-NN"), "untrained encoder probe": (embed(untrained, features, ids), "linear"), "log-mel statistics probe": (mel_statistics(features, ids), "linear"),
+            "band statistics probe": (np.stack([band_statistics(features[i]).mean(0).numpy() for i in ids]), "linear")}
+    asked = ((table.split == "test") & table.binary.notna()).to_numpy()
+    return pd.concat([pd.DataFrame({"recording_id": ids[asked].to_numpy(), "model": name, "p_abnormal": probe_scores(x, table, kind)[asked]}) for name, (x, kind) in sets.items()], ignore_index=True)
