@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .audio import LogMel, load_audio, windows
 from .config import StethoError
 from .encoder import AudioEncoder
+from .exchange import task_by_rule
 
 # %% ../nbs/08_model.ipynb #08-005
 class StethoLMConfig(PreTrainedConfig):
@@ -373,11 +374,11 @@ class StethoLM:
     def ask(self,
         clips,         # one path, or a list of one or two
         question:str,  # as typed
-    ) -> dict:         # text, and p_abnormal of each clip
-        "The model's answer about the clips, and how likely it finds each to be abnormal: by the question itself where the answer is a verdict, else by asking for one"
+    ) -> dict:         # text; task: which of `TASKS` the question's wording is, or None; p_abnormal of each clip; spectrogram of each: (windows, n_mels, frames) dB
+        "The model's answer about the clips, how likely it finds each to be abnormal, and what it heard. P(abnormal) is of the question itself where the answer is a verdict, else it is asked for one."
         clips = [clips] if isinstance(clips, (str, Path)) else list(clips)
         heard = [self.processor.feature_extractor(c) for c in clips]
         text = answer(self.model, self.processor, self.processor(question, heard))[0]
         asked = question if len(clips) == 1 and text.startswith(("Normal", "Abnormal")) else "Is this sound normal or abnormal?"
         verdicts = p_abnormal(self.model, self.processor, self.processor([asked]*len(clips), [[h] for h in heard]))
-        return {"text": text, "p_abnormal": verdicts.tolist()}
+        return {"text": text, "task": task_by_rule(question), "p_abnormal": verdicts.tolist(), "spectrogram": heard}

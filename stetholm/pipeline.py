@@ -90,7 +90,7 @@ def _overrides(changes):
         out[key.strip()] = value.strip()
     return out
 
-SECONDS = dict(audit=25, exploration=16, instructions=10, alignment=610, sft=910, preferences=110, dpo=330, evaluation=280, figures=5)  # of profile mini on two cores
+SECONDS = dict(audit=29, exploration=10, instructions=7, alignment=440, sft=670, preferences=60, dpo=170, evaluation=200, figures=5)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
@@ -197,9 +197,9 @@ def ask(
     _quiet()
     from stetholm.model import StethoLM
     said = StethoLM.from_pretrained(folder).ask(clips, question)
-    print(said["text"])
+    print(said["text"] or "(the model gave no answer)")
     for c, p in zip(clips, said["p_abnormal"]): print(f"P(abnormal) {p:.2f}  {c}")
-    print(f"model {_origin(folder)}; not for clinical use")
+    print(f"model {_origin(folder)}; {said['task'] or 'unknown'} question; not for clinical use")
 
 def _quiet():
     "No bar while weights are loaded, which takes less than a second"

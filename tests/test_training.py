@@ -1,0 +1,154 @@
+"Training: what moves, what a step is made of, and that a kill, accumulation or a second process change nothing"
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stetholm.config import StethoError
+from stetholm.sft import lora
+from stetholm.training import Collator, fit, last_checkpoint, training_rows
+from train_tiny import P, Noises, build
+
+SCRIPT = Path(__file__).with_name("train_tiny.py")
+
+
+def train(folder, *words, launch=()):
+    "The script in a process of its own"
+    folder.mkdir(exist_ok=True)
+    return subprocess.run([sys.executable, *launch, str(SCRIPT), str(folder), *map(str, words)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+
+
+def trained(folder, *words, **more):
+    "Folder of a run of the script that came to its end"
+    done = train(folder, *words, **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def log(folder): return pd.read_csv(folder/"log.csv")
+
+
+def same(a, b, within):
+    "Losses and trained weights are equal to `within`"
+    assert len(log(a)) == len(log(b)) > 6
+    for column in ("loss", "eval_loss"): np.testing.assert_allclose(log(a)[column], log(b)[column], atol=within)
+    one, other = (load_file(f/"trained.safetensors") for f in (a, b))
+    assert one.keys() == other.keys()
+    for name in one: torch.testing.assert_close(one[name], other[name], atol=within, rtol=0, msg=name)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    unbroken = trained(tmp_path/"unbroken", 4, 2, 10)  # with dropout, so that the state of the random numbers counts
+    killed = train(tmp_path/"killed", 4, 2, 10, 3)
+    assert killed.returncode == -signal.SIGKILL and Path(last_checkpoint(tmp_path/"killed/trainer")).name == "checkpoint-2"
+    done = train(tmp_path/"killed", 4, 2, 10)
+    assert done.returncode == 0 and "step 3/6" in done.stdout and "step 2/6" not in done.stdout, done.stderr[-3000:]
+    same(unbroken, tmp_path/"killed", 1e-6)
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(tmp_path):
+    for step, whole in ((2, True), (10, True), (12, False)):
+        (tmp_path/f"checkpoint-{step}").mkdir()
+        if whole: (tmp_path/f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-10" and last_checkpoint(tmp_path/"none") is None
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    # by torchrun: without MPI `accelerate launch --cpu` starts one process only, whatever it is told
+    same(trained(tmp_path/"one", 4, 2), trained(tmp_path/"two", 4, 1, launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")), 1e-4)
+
+
+def test_only_projector_and_lora_move(tmp_path):
+    lm, pairs = build()
+    before = {n: t.clone() for n, t in lm.model.state_dict().items()}
+    rows = training_rows(pairs, lm.processor, Noises(), 200)
+    model, _ = fit(lm, rows, rows, Noises(), P, tmp_path, 2, 1e-2, 8, peft_config=lora(P, ["projector"]))
+    after = model.merge_and_unload().state_dict()
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved and all("language_model.layers" in n or ".projector." in n for n in moved), sorted(moved)
+    layers = {n for n in before if "language_model.layers" in n and n.endswith("proj.weight")}
+    assert layers <= moved and any(".projector." in n for n in moved)
+
+
+def test_gradient_reaches_encoder_projector_and_lora_and_nothing_else():
+    from peft import get_peft_model
+    lm, pairs = build()
+    model = get_peft_model(lm.model, lora(P, ["projector", "audio_encoder"])).train()
+    batch = Collator(lm.processor, Noises())([training_rows(pairs, lm.processor, Noises(), 200)[i] for i in range(4)])
+    for n, t in model.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(t, std=.02)  # as they are after a step: at first they are zero, and nothing reaches A
+    model(**batch).loss.backward()
+    reached = {n for n, t in model.named_parameters() if t.grad is not None and t.grad.abs().sum() > 0}
+    assert all("lora_" in n or "modules_to_save" in n for n in reached), sorted(reached)
+    for part in ("lora_A", "lora_B", "projector.modules_to_save", "audio_encoder.modules_to_save"): assert any(part in n for n in reached), part
+    assert not any("audio_encoder" in n and "lora_" in n for n in reached)
+
+
+def test_fault_03_a_long_pair_is_refused_by_name_and_not_cut():
+    lm, pairs = build()
+    rows = training_rows(pairs, lm.processor, Noises(), 200)
+    longest = max(len(r["input_ids"]) for r in rows)
+    assert len(training_rows(pairs, lm.processor, Noises(), longest)) == len(pairs)
+    with pytest.raises(StethoError, match=r"pair p\d+ has \d+ tokens, more than sft_max_tokens"): training_rows(pairs, lm.processor, Noises(), longest - 1)
+
+
+def test_fault_04_the_template_s_end_of_turn_is_learnt_and_nothing_of_the_prompt():
+    lm, pairs = build()
+    for row, pair in zip(training_rows(pairs, lm.processor, Noises(), 200), pairs.itertuples()):
+        learnt = [t for t in row["labels"] if t != -100]
+        assert learnt[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(learnt[:-1]) == pair.response
+        assert lm.processor.end_of_turn in lm.model.generation_config.eos_token_id
+
+
+def test_fault_06_training_recordings_are_changed_and_validation_recordings_are_not():
+    lm, pairs = build()
+    rows = [training_rows(pairs, lm.processor, Noises(), 200)[i] for i in range(4)]
+    plain, augmented = Collator(lm.processor, Noises()), Collator(lm.processor, Noises(), 0)
+    first, again = augmented(rows)["input_features"], augmented(rows)["input_features"]
+    augmented.epoch = 1; later = augmented(rows)["input_features"]
+    assert torch.equal(plain(rows)["input_features"][0, 0], Noises()["0"]) and torch.equal(first, again)
+    assert all(not torch.equal(a, b) for x in (plain(rows)["input_features"], later) for a, b in zip(first, x))
+
+
+def test_fault_07_every_window_is_heard():
+    lm, _ = build()
+    lm.model.eval()
+    mel = Noises()["3"]; other = mel.clone(); other[-1] = Noises()["4"][0]
+    with torch.no_grad(): a, b = (lm.model(**lm.processor("Describe it.", [x])).logits[:, -1] for x in (mel, other))
+    assert not torch.allclose(a, b, atol=1e-4)
+
+
+def test_fault_08_two_recordings_differ_from_either_alone_and_from_each_other_swapped():
+    lm, _ = build()
+    lm.model.eval()
+    x, y = Noises()["5"], Noises()["6"]
+    with torch.no_grad(): said = [lm.model(**lm.processor("Compare the two.", heard)).logits[:, -1] for heard in ([x, y], [y, x], [x, x], [x])]
+    for i in range(4):
+        for j in range(i): assert not torch.allclose(said[i], said[j], atol=1e-4), (i, j)
+
+
+def test_fault_10_a_broken_batch_stops_the_run(tmp_path):
+    lm, pairs = build()
+    rows = training_rows(pairs, lm.processor, Noises(), 200)
+
+    class Lost(Noises):
+        "One recording cannot be had"
+        def __getitem__(self, i):
+            if i == "7": raise StethoError("no features of recording '7'")
+            return super().__getitem__(i)
+    with pytest.raises(StethoError, match="recording '7'"): fit(lm, rows, rows, Lost(), P, tmp_path, 4, 1e-2, 8, peft_config=lora(P, ["projector"]))
+
+
+def test_fault_11_logits_are_computed_on_answer_positions_only(monkeypatch):
+    lm, pairs = build()
+    batch, seen = Collator(lm.processor, Noises())([training_rows(pairs, lm.processor, Noises(), 200)[i] for i in range(8)]), []
+    lm.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.numel()//out.shape[-1]))
+    lm.model(**batch)
+    assert seen == [int((batch["labels"] != -100).sum())]

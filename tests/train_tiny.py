@@ -1,0 +1,53 @@
+"""Trains a tiny model on 16 pairs and writes its losses and weights: `train_tiny.py FOLDER BATCH ACCUMULATION [DROPOUT_PERCENT [KILL_AFTER]]`, alone or under `accelerate launch`"""
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from stetholm import training
+from stetholm.backbones import assemble, tiny
+from stetholm.config import PROFILES
+from stetholm.encoder import new_encoder
+from stetholm.sft import lora
+
+P = replace(PROFILES["smoke"], sft_train_encoder=False)
+
+
+class Noises:
+    "Two windows of noise for each recording"
+    def windows(self, i): return 2
+    def __getitem__(self, i): return torch.randn(2, 64, 313, generator=torch.Generator().manual_seed(int(i)))*10 - 50
+
+
+def build():
+    "A tiny model whose encoder stays as it is, and its 16 pairs"
+    words = ["wheeze", "crackle", "murmur", "stridor"]
+    pairs = pd.DataFrame([dict(pair_id=f"p{i}", recording_ids=[str(i)], instruction="Describe it." if i % 3 else "What do you hear in this recording?", response=f"I hear a {words[i % 4]}.") for i in range(16)])
+    torch.manual_seed(0)
+    lm = assemble(*tiny([*pairs.instruction, *pairs.response]), new_encoder(P), P)
+    lm.model.requires_grad_(False)
+    lm.model.model.audio_encoder.eval().standardise(Noises()[i] for i in range(16))
+    return lm, pairs
+
+
+def main(folder, batch, accumulation, dropout=0, kill_after=0):
+    "Train with so many percent of LoRA dropout; with `kill_after`, die at the end of that step as under kill -9"
+    if kill_after:
+        def die(self, args, state, control, **kw):
+            if state.global_step == kill_after: os.kill(os.getpid(), signal.SIGKILL)
+        training.Report.on_step_end = die
+    lm, pairs = build()
+    rows = training.training_rows(pairs, lm.processor, Noises(), 200)
+    model, log = training.fit(lm, rows, rows, Noises(), P, folder/"trainer", 6, 1e-2, batch, accumulation, lora(replace(P, sft_lora_dropout=dropout/100), ["projector"]))
+    if int(os.environ.get("RANK", 0)) == 0:
+        log.to_csv(folder/"log.csv", index=False)
+        save_file({n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}, folder/"trained.safetensors")
+
+
+if __name__ == "__main__": main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
