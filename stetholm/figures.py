@@ -132,7 +132,7 @@ def task_by_system(
     for ax, (distribution, name) in zip(axes, (("in_domain", "In distribution"), ("ood", "Out of distribution"))):
         wide = 100*s[s.distribution == distribution].pivot(index="task", columns="model", values="value").reindex(index=ORDER, columns=list(NAMES))
         sns.heatmap(wide.rename(columns=NAMES), annot=True, fmt=".0f", cmap="viridis", vmin=0, vmax=100, cbar=ax is axes[1], cbar_kws=dict(label="clinical accuracy (%)"), ax=ax)
-        ax.set(title=_title(run, name), xlabel="", ylabel=""); ax.tick_params(axis="x", rotation=15)
+        ax.set(title=_title(run, name), xlabel="", ylabel=""); ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=25, ha="right")
     save(fig, s, folder, "task_by_system")
     for metric, name in (("clinical accuracy", "clinical_accuracy"), (_bertscore_name(scores), "bertscore")): task_table(scores, metric).to_csv(folder/f"{name}.csv", index=False)
     auroc_table(scores).to_csv(folder/"auroc.csv", index=False)
