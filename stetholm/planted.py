@@ -35,7 +35,7 @@ def _timing(text, proof, rng):
     murmurs = [p for p in (("early systolic", "late systolic"), ("mid systolic", "holosystolic"), ("early diastolic", "mid diastolic")) if not all(re.search(rf"\b{w}\b", text, re.I) for w in p)]
     return _swap(text, ("expiratory", "inspiratory"), ("expiration", "inspiration")) or (_swap(text, *murmurs) if murmurs else None)
 
-def _seconds(text, proof, rng): return re.sub(r"from (\d+\.\d)", lambda m: f"from {float(m[1]) + 20:.1f}", text, count=1) if re.search(r"from \d+\.\d", text) else None
+def _seconds(text, proof, rng): return re.sub(r"from (\d+\.\d)", lambda m: f"from {float(m[1]) + 100:.1f}", text, count=1) if re.search(r"from \d+\.\d", text) else None
 
 def _absent(proof, rng):
     "A finding of the domain that the labels do not have"
