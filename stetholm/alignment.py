@@ -15,10 +15,11 @@ from safetensors.torch import save_model
 from .audit import load_recordings, note_training
 from .backbones import assemble, load_backbone
 from .config import Profile, write_whole
-from .encoder import Heard, hearing, make_features, new_encoder, pretrain
+from .encoder import Corpus, make_features, new_encoder, pretrain
 from .instructions import load_pairs
 from .model import StethoLM
 from .phantom import make_phantom
+from .probes import hearing
 from .run import Run, checkpoints, device, dtype, stage
 from .sources import scan
 from .training import fit, training_rows
@@ -27,11 +28,11 @@ from .training import fit, training_rows
 def phantoms_to_learn_from(
     profile:Profile,  # `alignment_phantoms`, seed and front end
     folder:Path,      # for their sounds
-) -> Heard:           # None if the profile wants none
+) -> Corpus:          # None if the profile wants none
     "Synthetic recordings of ten seconds, of other patients than those of the phantom corpus"
     if not profile.alignment_phantoms: return None
     table = scan("phantom", make_phantom(folder/"phantoms", profile.alignment_phantoms, profile.seed + 1_000_000, 10.))
-    return Heard(table, make_features(table, profile, folder/"features"))
+    return Corpus(table, make_features(table, profile, folder/"features"))
 
 @stage("alignment")
 def alignment(

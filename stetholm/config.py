@@ -167,7 +167,7 @@ STAGES = {s.name: s for s in [
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "differences.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "model", "backbones", "training",
+MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "model", "backbones", "training",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017

@@ -19,11 +19,12 @@ from .audio import standardise
 from .audit import load_recordings
 from .config import STAGES, write_json, write_whole
 from .encoder import Features
-from .evaluation import AGAINST, CONTROLS, HEARING, SYSTEMS, read_predictions
+from .evaluation import AGAINST, CONTROLS, SYSTEMS, read_predictions
 from .exploration import composition as draw_composition
 from .grammar import TASKS
 from .instructions import load_pairs
 from .intervals import MEAN
+from .probes import HEARING
 from .quality import composition as bench_composition, draw_composition as draw_bench
 from .run import Run, run_note, stage
 
@@ -111,7 +112,7 @@ def difference_table(
     "What SFT gains over each control, and mDPO over SFT, on the same patients; bold where the interval leaves zero out"
     d = differences[differences.dataset.isin(["all", MEAN])].copy()
     d["measure"] = [f"AUROC, {s}" if m == "AUROC" else f"clinical accuracy, {t}" for m, t, s in zip(d.metric, d.task, d.dataset)]
-    d["shown"] = ["" if v != v else f"{100*v:+.1f}" + ("" if l != l else f" [{100*l:+.1f}, {100*h:+.1f}]") for v, l, h in zip(d.value, d.lo, d.hi)]
+    d = _shown(d, "+.1f")
     d.loc[d.lo*d.hi > 0, "shown"] = "**" + d.shown + "**"
     pairs = [(a, b) for a, b in [*AGAINST, *((m, "sft") for m in HEARING)] if ((d["first"] == a) & (d.second == b)).any()]
     wide = d.pivot(index=["distribution", "measure"], columns=["first", "second"], values="shown").fillna("")
@@ -119,7 +120,7 @@ def difference_table(
     rank = {f"clinical accuracy, {t}": i for i, t in enumerate(ORDER)}
     return wide.sort_values(["distribution", "measure"], key=lambda c: c.map(lambda v: rank.get(v, len(rank))) if c.name == "measure" else c)
 
-def _shown(s): return s.assign(shown=[f"{100*v:.1f}" + ("" if l != l else f" [{100*l:.1f}, {100*h:.1f}]") for v, l, h in zip(s.value, s.lo, s.hi)])
+def _shown(s, form=".1f"): return s.assign(shown=[f"{100*v:{form}}" + ("" if l != l else f" [{100*l:{form}}, {100*h:{form}}]") for v, l, h in zip(s.value, s.lo, s.hi)])
 
 def task_by_system(
     run:Run,      # stage `evaluation` is done

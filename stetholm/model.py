@@ -307,8 +307,8 @@ def p_abnormal(
     inputs:BatchFeature,                     # of classification questions
 ) -> torch.Tensor:                           # (batch,)
     "Probability of 'Abnormal' against 'Normal' as the first word of each answer"
-    logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1].float()
-    return logits[:, list(processor.verdict_ids)].softmax(-1)[:, 1].cpu()
+    last = model.model(**inputs.to(model.device)).last_hidden_state[:, -1].float()
+    return (last @ model.lm_head.weight[list(processor.verdict_ids)].float().T).softmax(-1)[:, 1].cpu()
 
 # %% ../nbs/08_model.ipynb #08-017b
 def _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, temperatures=(), **kw):

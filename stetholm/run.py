@@ -165,7 +165,7 @@ def checkpoints(
     run:Run,     # the run
     name:str,    # stage
 ) -> Path:
-    "Where the trainers of stage `name` keep what they need to go on after a kill; what another profile, code or data left there is another folder"
+    "Where the trainers of stage `name` keep TensorBoard's log and, until the stage is done, what they need to go on after a kill; another profile, code or data is another folder"
     return run/f".trainer/{name}-{stage_key(run, name)[:16]}"
 
 def is_current(
@@ -191,7 +191,7 @@ def _do(s, f, run):
         stamp = {"key": key, "seconds": round(time.perf_counter() - start, 1), "peak_gib": round(peak_memory(), 2),
                  "made": {m: file_hash(run/m) for m in s.makes}}
         write_json(run/f".stages/{s.name}.json", stamp)
-        for left in run.folder.glob(f".trainer/{s.name}-*"): shutil.rmtree(left)
+        for left in run.folder.glob(f".trainer/{s.name}-*/**/checkpoint-*"): shutil.rmtree(left)
         _write_note(run, **{s.name: stamp})
     return out
 

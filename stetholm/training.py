@@ -144,6 +144,7 @@ def trainer_settings(
     **more) -> dict:  # arguments for an SFTConfig or DPOConfig
     "What all trainers here have in common"
     cuda = device() == "cuda"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     return dict(output_dir=str(folder), seed=profile.seed, use_cpu=not cuda, bf16=cuda and dtype(profile) == torch.bfloat16, activation_checkpointing=profile.sft_checkpointing, report_to="tensorboard",
                 save_strategy="no", remove_unused_columns=False, disable_tqdm=True, dataloader_num_workers=0, lr_scheduler_type="linear", max_steps=steps, warmup_steps=max(1, steps//10)) | more
 
@@ -174,7 +175,6 @@ def fit(
     settings = trainer_settings(profile, folder, steps, learning_rate=lr, per_device_train_batch_size=batch, per_device_eval_batch_size=2*batch, gradient_accumulation_steps=accumulation,
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", include_num_input_tokens_seen="non_padding", max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(folder)/"tensorboard")
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator,
                             watching=Collator(lm.processor, features), peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience)])
     trainer.remove_callback(PrinterCallback)  # `Report` says it in one line

@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from stetholm.config import StethoError
+from stetholm.encoder import ColaHead, cola_loss
 from stetholm.sft import lora
 from stetholm.training import Collator, fit, last_checkpoint, training_rows
 from train_tiny import P, Noises, build
@@ -63,6 +66,31 @@ def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(tmp_path):
 def test_two_processes_learn_what_one_learns(tmp_path):
     # by torchrun: without MPI `accelerate launch --cpu` starts one process only, whatever it is told
     same(trained(tmp_path/"one", 4, 2), trained(tmp_path/"two", 4, 1, launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")), 1e-4)
+
+
+def cola(rows):
+    "Loss of some rows of a batch of eight, and the modules whose gradients it gives"
+    torch.manual_seed(0)
+    modules, (a, b) = torch.nn.ModuleList([torch.nn.Linear(12, 16), ColaHead(16, 8)]), torch.randn(2, 8, 12)
+    torch.nn.init.normal_(modules[1].bilinear.weight)  # so that a wrong pair costs something
+    return cola_loss(modules[1](modules[0](a[rows]), modules[0](b[rows]))), modules
+
+
+def _half(rank, meeting, out):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    loss, modules = cola(slice(4*rank, 4*rank + 4))
+    loss.backward()
+    mean = [t/2 for t in (loss.detach(), *(p.grad for p in modules.parameters()))]
+    for t in mean: dist.all_reduce(t)
+    if rank == 0: torch.save(mean, out)
+    dist.destroy_process_group()
+
+
+def test_cola_s_negatives_are_those_of_all_processes(tmp_path):
+    mp.spawn(_half, (tmp_path/"meeting", tmp_path/"mean.pt"), nprocs=2)
+    loss, modules = cola(slice(None))
+    loss.backward()
+    for one, other in zip((loss.detach(), *(p.grad for p in modules.parameters())), torch.load(tmp_path/"mean.pt"), strict=True): torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_only_projector_and_lora_move(tmp_path):
