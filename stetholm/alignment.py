@@ -18,6 +18,7 @@ from .config import Profile, write_whole
 from .encoder import Corpus, make_features, new_encoder, pretrain
 from .instructions import load_pairs
 from .model import StethoLM
+from .opera import load_opera
 from .phantom import make_phantom
 from .probes import hearing
 from .run import Run, checkpoints, device, dtype, stage
@@ -42,7 +43,8 @@ def alignment(
     p, table = run.profile, load_recordings(run)
     features = make_features(table, p, run/"features")
     encoder = new_encoder(p).to(device())
-    with tempfile.TemporaryDirectory(dir=run.folder) as d: log = pretrain(encoder, features, table, p, phantoms_to_learn_from(p, Path(d)))
+    cola = load_opera(p.alignment_checkpoint, encoder, p) if p.alignment_checkpoint else None
+    with tempfile.TemporaryDirectory(dir=run.folder) as d: log = pretrain(encoder, features, table, p, phantoms_to_learn_from(p, Path(d)), cola)
     with write_whole(run/"encoder") as tmp: tmp.mkdir(); save_model(encoder, str(tmp/"model.safetensors"))
     with write_whole(run/"hearing.parquet") as tmp: hearing(encoder, features, table, p).to_parquet(tmp, index=False)
     pairs = load_pairs(run)

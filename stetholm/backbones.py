@@ -105,7 +105,7 @@ def assemble(
     if len(tokenizer) > text.config.vocab_size: text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     rms = text.get_input_embeddings().weight.float().square().mean().sqrt().item()
-    config = StethoLMConfig(text_config=text.config, encoder_width=profile.alignment_width, encoder_depth=profile.alignment_depth, encoder_mels=profile.n_mels*profile.alignment_statistics,
+    config = StethoLMConfig(text_config=text.config, encoder_layout=encoder.layout, encoder_width=profile.alignment_width, encoder_depth=profile.alignment_depth, encoder_mels=profile.n_mels*profile.alignment_statistics,
                             projector=profile.alignment_projector, prefix_tokens=profile.alignment_prefix_tokens, embedding_rms=rms, audio_token_id=audio_id)
     model = StethoLMForConditionalGeneration(config)
     model.model.language_model, model.lm_head, model.model.audio_encoder = text.model, text.lm_head, encoder

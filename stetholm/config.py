@@ -50,6 +50,7 @@ class Profile:
     # encoder and projector
     alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
     alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
+    alignment_checkpoint:str = ""     # file of OPERA-CE's weights that the encoder starts from; empty: none
     alignment_statistics:bool = True  # statistics of the bands beside what the encoder learns
     alignment_phantoms:int = 8        # synthetic patients whose labels the encoder learns first; 0: none
     alignment_phantom_epochs:int = 1  # passes over them
@@ -167,7 +168,7 @@ STAGES = {s.name: s for s in [
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "differences.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
-MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "model", "backbones", "training",
+MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "opera", "model", "backbones", "training",
            "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017

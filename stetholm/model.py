@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .audio import LogMel, load_audio, windows
 from .config import StethoError
-from .encoder import AudioEncoder
+from .encoder import ENCODERS
 from .exchange import task_by_rule
 
 # %% ../nbs/08_model.ipynb #08-005
@@ -34,6 +34,7 @@ class StethoLMConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     auto_map = {}
     text_config: dict | PreTrainedConfig | None = None
+    encoder_layout: str = "efficientnet"  # or opera
     encoder_width: float = 1.0      # EfficientNet width coefficient; 1.0 is B0
     encoder_depth: float = 1.0      # EfficientNet depth coefficient
     encoder_mels: int = 0           # bands whose statistics stand beside what the encoder has learnt; 0: none
@@ -122,7 +123,7 @@ class StethoLMModel(StethoLMPreTrainedModel):
     def __init__(self,
         config:StethoLMConfig):  # sizes
         super().__init__(config)
-        self.audio_encoder = AudioEncoder(config.encoder_width, config.encoder_depth, config.encoder_mels)
+        self.audio_encoder = ENCODERS[config.encoder_layout](config.encoder_width, config.encoder_depth, config.encoder_mels)
         if config.projector not in PROJECTORS: raise StethoError(f"unknown projector {config.projector!r}: choose one of {', '.join(PROJECTORS)}")
         self.projector = PROJECTORS[config.projector](self.audio_encoder.dim, config.text_config.hidden_size, config.prefix_tokens, config.embedding_rms)
         self.language_model = AutoModel.from_config(config.text_config)

@@ -54,8 +54,9 @@ def hearing(
     profile:Profile,       # `alignment_*`, for the encoder that has learnt nothing
 ) -> pd.DataFrame:         # recording_id, model (of `HEARING`), p_abnormal: of test recordings with a verdict
     "What probes say: of the encoder, of one of its size that has learnt nothing, and of plain statistics"
-    untrained, ids = new_encoder(replace(profile, alignment_statistics=False)).to(next(encoder.parameters()).device), table.recording_id
-    pretrain(untrained, features, table, replace(profile, alignment_objective="random"))
+    bare = replace(profile, alignment_objective="random", alignment_statistics=False, alignment_checkpoint="")
+    untrained, ids = new_encoder(bare).to(next(encoder.parameters()).device), table.recording_id
+    pretrain(untrained, features, table, bare)
     heard = embed(encoder, features, ids)
     told = heard, heard, embed(untrained, features, ids), np.stack([band_statistics(features[i]).mean(0).numpy() for i in ids]), mel_statistics(features, ids)
     asked = ((table.split == "test") & table.binary.notna()).to_numpy()
