@@ -279,6 +279,7 @@ def pretrain(
             log.append(dict(phase="encoder", step=len(log) + 1, **{kind: total/steps}, val_auroc=known, seconds=seconds))
             report(f"epoch {len(log)}/{every}: {kind} loss {total/steps:.3f}, {f'val AUROC {known:.3f}, ' if known == known else ''}{seconds:.0f} s")
     if not log and not p.alignment_checkpoint: update_bn((features[i].to(device) for i in real.table.recording_id), encoder)  # weights as they were drawn, on the scale of what is heard
+    if not log: report(f"the encoder is UNTRAINED: alignment_objective=random{', only its checkpoint is loaded' if p.alignment_checkpoint else ''}")
     encoder.eval()
     encoder.standardise(features[i].to(device) for i in real.table.recording_id)
     return pd.DataFrame(log, columns=["phase", "step", *(kind for kind, _, epochs in phases if epochs), "val_auroc", "seconds"])

@@ -104,6 +104,15 @@ def test_refused_command_leaves_the_run_as_it_was(copied, smoke_run):
     assert (copied.runs/"smoke-phantom/run.json").read_bytes() == (smoke_run.folder/"run.json").read_bytes()
 
 
+def test_fault_14_a_run_that_was_trained_on_a_test_recording_is_not_scored(copied):
+    run = copied.runs/"smoke-phantom"
+    table, note = pd.read_parquet(run/"recordings.parquet"), run/"trained_on/alignment.json"
+    stolen = table.recording_id[table.split == "test"].iloc[0]
+    note.write_text(json.dumps([*json.loads(note.read_text()), stolen]))
+    done = copied("reproduce", "--profile", "smoke", "--from", "evaluation")
+    assert done.returncode == 1 and "stage alignment was trained on test recording" in done.stderr
+
+
 def working_cell(folder, stage):
     "The announcement of the cell in which a stage's notebook does the stage's work"
     cells = json.loads((folder/f"notebooks/{STAGES[stage].notebook}.ipynb").read_text())["cells"]

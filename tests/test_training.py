@@ -3,20 +3,24 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from stetholm.audio import recording_features
 from stetholm.config import StethoError
-from stetholm.encoder import ColaHead, cola_loss
+from stetholm.encoder import ColaHead, cola_loss, new_encoder, pretrain
+from stetholm.model import StethoLM, answer
 from stetholm.sft import lora
-from stetholm.training import Collator, fit, last_checkpoint, training_rows
+from stetholm.training import Collator, fit, last_checkpoint, trainer_settings, training_rows
 from train_tiny import P, Noises, build
 
 SCRIPT = Path(__file__).with_name("train_tiny.py")
@@ -119,6 +123,17 @@ def test_gradient_reaches_encoder_projector_and_lora_and_nothing_else():
     assert not any("audio_encoder" in n and "lora_" in n for n in reached)
 
 
+def test_fault_01_a_question_is_answered_alone_as_in_a_batch():
+    lm, pairs = build()
+    lm.model.eval()
+    questions = ["Describe it.", "What do you hear in this recording, and what does it point to?", "Describe it.", "Why?"]
+    heard, mute = [[Noises()[str(i)]] for i in range(4)], lm.processor.tokenizer.all_special_ids
+    together = answer(lm.model, lm.processor, lm.processor(questions, heard), 12, suppress_tokens=mute)
+    assert together == [answer(lm.model, lm.processor, lm.processor(q, h), 12, suppress_tokens=mute)[0] for q, h in zip(questions, heard)] and len(set(together)) > 1
+    with torch.no_grad(): last, alone = (torch.cat([lm.model(**lm.processor(*asked), logits_to_keep=1).logits[:, -1] for asked in batches]) for batches in ([(questions, heard)], zip(questions, heard)))
+    torch.testing.assert_close(last, alone, atol=1e-4, rtol=0)
+
+
 def test_fault_03_a_long_pair_is_refused_by_name_and_not_cut():
     lm, pairs = build()
     rows = training_rows(pairs, lm.processor, Noises(), 200)
@@ -133,6 +148,29 @@ def test_fault_04_the_template_s_end_of_turn_is_learnt_and_nothing_of_the_prompt
         learnt = [t for t in row["labels"] if t != -100]
         assert learnt[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(learnt[:-1]) == pair.response
         assert lm.processor.end_of_turn in lm.model.generation_config.eos_token_id
+
+
+def test_fault_05_the_model_hears_what_the_encoder_was_trained_on(tmp_path):
+    lm, _ = build()
+    soundfile.write(tmp_path/"clip.wav", .1*np.random.default_rng(0).standard_normal(44100*7), 44100)
+    assert torch.equal(recording_features(tmp_path/"clip.wav", P), lm.processor.feature_extractor(tmp_path/"clip.wav"))
+
+
+@pytest.mark.parametrize("change", [lambda w: w.pop("model.projector.mlp.1.weight"), lambda w: w.update(left_over=torch.zeros(1)), lambda w: w.update({"model.projector.mlp.1.weight": torch.zeros(3, 3)})], ids=["missing", "left over", "another size"])
+def test_fault_05_a_model_is_loaded_whole_or_not_at_all(tmp_path, change):
+    lm, _ = build()
+    lm.save_pretrained(tmp_path)
+    assert StethoLM.from_pretrained(tmp_path)
+    weights = load_file(tmp_path/"model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path/"model.safetensors", {"format": "pt"})
+    with pytest.raises((StethoError, RuntimeError), match="not loaded in part|size mismatch|mismatched|MISMATCH"): StethoLM.from_pretrained(tmp_path)
+
+
+def test_fault_05_an_encoder_that_was_not_trained_says_so(capsys):
+    table = pd.DataFrame(dict(recording_id=["0", "1"], split="train", binary="normal", findings=[[], []]))
+    pretrain(new_encoder(P), Noises(), table, replace(P, alignment_objective="random"))
+    assert "UNTRAINED" in capsys.readouterr().out
 
 
 def test_fault_06_training_recordings_are_changed_and_validation_recordings_are_not():
@@ -162,6 +200,12 @@ def test_fault_08_two_recordings_differ_from_either_alone_and_from_each_other_sw
         for j in range(i): assert not torch.allclose(said[i], said[j], atol=1e-4), (i, j)
 
 
+def test_fault_09_the_dataset_has_no_say_in_the_prompt():
+    lm, pairs = build()
+    one, other = (training_rows(pairs.assign(dataset=d, domain=o), lm.processor, Noises(), 200) for d, o in (("kauh", "lung"), ("circor", "heart")))
+    assert one["input_ids"] == other["input_ids"]
+
+
 def test_fault_10_a_broken_batch_stops_the_run(tmp_path):
     lm, pairs = build()
     rows = training_rows(pairs, lm.processor, Noises(), 200)
@@ -180,3 +224,14 @@ def test_fault_11_logits_are_computed_on_answer_positions_only(monkeypatch):
     lm.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.numel()//out.shape[-1]))
     lm.model(**batch)
     assert seen == [int((batch["labels"] != -100).sum())]
+
+
+def test_fault_13_training_is_seeded_and_stays_on_this_machine(tmp_path):
+    def once(name, seed):
+        lm, pairs = build()
+        rows = training_rows(pairs, lm.processor, Noises(), 200)
+        model, log = fit(lm, rows, rows, Noises(), replace(P, seed=seed), tmp_path/name, 3, 1e-2, 4, peft_config=lora(P, ["projector"]))
+        return log.loss.dropna().tolist()
+    assert once("one", 0) == once("again", 0) != once("other", 1)
+    settings = trainer_settings(P, tmp_path/"one", 3)
+    assert settings["report_to"] == "tensorboard" and settings["output_dir"] == str(tmp_path/"one") and list((tmp_path/"one").rglob("events.out.tfevents.*"))
