@@ -169,7 +169,7 @@ STAGES = {s.name: s for s in [
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
 MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "opera", "model", "backbones", "training",
-           "alignment", "sft", "preferences", "dpo", "evaluation", "figures", "pipeline")
+           "alignment", "sft", "preferences", "dpo", "evaluation", "model_card", "figures", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017
 def stages_between(
@@ -222,9 +222,9 @@ def read_json(
 def file_hash(
     path:Path,  # a file, or a folder whose files are hashed in the order of their names
 ) -> str:
-    "SHA-256 of a file's bytes, or of a folder's names and bytes, as hexadecimal"
+    "SHA-256 of a file's bytes, or of a folder's names and bytes, as hexadecimal; a folder's README.md, which tells of it, does not count"
     path, h = Path(path), hashlib.sha256()
-    for f in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for f in sorted(p for p in path.rglob("*") if p.is_file() and p != path/"README.md") if path.is_dir() else [path]:
         if f != path: h.update(f.relative_to(path).as_posix().encode())
         with open(f, "rb") as io:
             while block := io.read(1 << 20): h.update(block)

@@ -24,6 +24,7 @@ from .exploration import composition as draw_composition
 from .grammar import TASKS
 from .instructions import load_pairs
 from .intervals import MEAN
+from .model_card import write_model_cards
 from .probes import HEARING
 from .quality import composition as bench_composition, draw_composition as draw_bench
 from .run import Run, run_note, stage
@@ -174,11 +175,12 @@ def cost(
 def figures(
     run:Run,  # everything before is read; `figures/` is made
 ) -> list:    # file names
-    "Stage 7: every figure with its table, and the metrics beside them"
+    "Stage 7: every figure with its table, the metrics beside them, and the models' cards"
     sns.set_theme(style="ticks", palette="colorblind", font_scale=.9)
     with write_whole(run/"figures") as tmp:
         tmp.mkdir()
         for draw in (composition, stethobench, example, task_by_system, sft_to_dpo): draw(run, tmp)
         for name in ("metrics.json", "data_card.json"): shutil.copy(run/name, tmp/name)
         write_json(tmp/"cost.json", cost(run))
+    write_model_cards(run)
     return sorted(f.name for f in (run/"figures").iterdir())

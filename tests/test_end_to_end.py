@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import psutil
 import pytest
+from huggingface_hub import ModelCard
 
 from stetholm.config import STAGES, file_hash
 
@@ -66,6 +67,13 @@ def test_run_leaves_nothing_half_written(smoke_run):
 def test_metrics_say_that_they_are_synthetic(smoke_run):
     for path in ("metrics.json", "figures/metrics.json"):
         assert json.loads((smoke_run.folder/path).read_text())["synthetic"] is True
+
+
+@pytest.mark.parametrize("model", ["sft", "text_only", "dpo"])
+def test_models_carry_a_card_with_the_run_s_numbers(smoke_run, model):
+    card, metrics = ModelCard.load(smoke_run.folder/model/"README.md"), json.loads((smoke_run.folder/"metrics.json").read_text())
+    assert sorted(r.metric_value for r in card.data.eval_results) == sorted(s["value"] for s in metrics["scores"] if s["model"] == model and s["dataset"] == "all")
+    assert "Not for clinical use" in card.text and "SYNTHETIC" in card.text
 
 
 @pytest.fixture
