@@ -61,7 +61,7 @@ class Profile:
     alignment_lr:float = 2e-3         # peak learning rate of the encoder
     alignment_projector:str = "mlp"   # mlp: the paper's, of a recording as a whole; attention: over each window's frames
     alignment_prefix_tokens:int = 4   # audio tokens, of a recording (mlp) or of each window (attention)
-    alignment_projector_steps:int = 4 # steps of the projector alone on reporting pairs
+    alignment_projector_steps:int = 4 # steps of the projector alone on reporting pairs; 0: fine-tuning starts with a projector as it was drawn
     alignment_projector_lr:float = 1e-3  # peak learning rate of those steps
     language_model:str = "tiny"       # tiny, smollm2-135m-instruct, or a Hugging Face name or folder
     # supervised fine-tuning
@@ -72,6 +72,7 @@ class Profile:
     sft_lora_rank:int = 8             # LoRA rank
     sft_lora_alpha:int = 32           # LoRA scale
     sft_lora_dropout:float = 0.       # on the input of every LoRA layer; a fifth of a step's time on a CPU
+    sft_augmentation:bool = True      # of the training recordings, as `augment` does it
     sft_train_encoder:bool = True     # train the encoder with the language model, else keep it as aligned
     sft_evaluations:int = 3           # times that the validation loss is taken; the best of these models is kept
     sft_patience:int = 3              # evaluations in a row without a better one, after which training ends
@@ -169,7 +170,7 @@ STAGES = {s.name: s for s in [
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
 MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "opera", "model", "backbones", "training",
-           "alignment", "sft", "preferences", "dpo", "evaluation", "model_card", "figures", "pipeline")
+           "alignment", "sft", "preferences", "dpo", "evaluation", "model_card", "figures", "footprint", "benchmark", "ablations", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017
 def stages_between(

@@ -208,7 +208,7 @@ def build_site(
     return root/cfg["doc_path"]
 
 # %% ../nbs/16_docs.ipynb #16-036
-DATA = {"05_exploration": dict(profile="mini"), "05a_transfer": {}, "06_instructions": dict(profile="mini"), "06b_quality": dict(profile="mini")}  # notebooks whose outputs are of real recordings, and the parameters they are kept with
+DATA = {"05_exploration": dict(profile="mini"), "05a_transfer": {}, "06_instructions": dict(profile="mini"), "06b_quality": dict(profile="mini"), "14b_benchmark": dict(profile="mini")}  # notebooks whose outputs are of real recordings, and the parameters they are kept with
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 def without_audio(

@@ -138,7 +138,8 @@ class StethoLMModel(StethoLMPreTrainedModel):
     ) -> torch.Tensor:                # (audio tokens, hidden)
         "Projected audio of all recordings, one after the other"
         x = input_features[audio_mask].float()
-        return self.projector(self.audio_encoder.frames(x) if input_features.ndim == 5 else x.unflatten(-1, (-1, self.audio_encoder.dim)), audio_mask)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.projector(self.audio_encoder.frames(x) if input_features.ndim == 5 else x.unflatten(-1, (-1, self.audio_encoder.dim)), audio_mask)
 
     def forward(self, input_ids=None, input_features=None, audio_mask=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs):
         "Hidden states. Raises `ValueError` if placeholders and recordings do not match."
