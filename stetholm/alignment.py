@@ -76,7 +76,7 @@ def alignment(
     set_seed(p.seed)  # what follows does not depend on whether the encoder was trained now or before
     pairs = load_pairs(run)
     text, tokenizer = load_backbone(p.language_model, dtype(p), [*pairs[pairs.split == "train"].instruction, *pairs[pairs.split == "train"].response])
-    lm = assemble(text, tokenizer, encoder, p)
+    lm = assemble(text, tokenizer, encoder, p).to(device())
     lm.model.requires_grad_(False); lm.model.model.projector.requires_grad_(True)
     reports = pairs[pairs.task == "reporting"]
     rows, watched = (training_rows(reports[reports.split == s], lm.processor, features, p.sft_max_tokens) for s in ("train", "val"))
@@ -93,6 +93,4 @@ def load_model(
     name:str,  # aligned, sft, text_only or dpo
 ) -> StethoLM:
     "A model of the run, in the profile's precision, on its device"
-    lm = StethoLM.from_pretrained(run/name, dtype=dtype(run.profile))
-    lm.model.to(device())
-    return lm
+    return StethoLM.from_pretrained(run/name, dtype=dtype(run.profile)).to(device())

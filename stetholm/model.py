@@ -354,7 +354,15 @@ class StethoLM:
     def __init__(self,
         model:StethoLMForConditionalGeneration,  # trained
         processor:StethoLMProcessor):            # of that model
-        self.model, self.processor = model.eval(), processor
+        self.processor, self.model = processor, model.eval()
+        self.to(model.device)
+
+    def to(self,
+        device):  # cpu or cuda
+        "Moved there, with the attention that is fastest there: on a CPU torch's fused one takes several times as long in bfloat16 with padding as attention written out"
+        self.model.to(device)
+        self.model.model.language_model.set_attn_implementation("eager" if torch.device(device).type == "cpu" else "sdpa")
+        return self
 
     @classmethod
     def from_pretrained(cls,

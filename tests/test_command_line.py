@@ -321,3 +321,8 @@ def test_scanned_tables_are_joined_and_the_study_runs_on_them(stetholm):
     assert done.returncode == 0 and "recordings of all" in done.stdout, done.stderr
     assert len(pd.read_parquet(stetholm.runs/"smoke-all/recordings.parquet")) == 96
     refused(stetholm("reproduce", "--profile", "smoke", "--recordings", "some.parquet"), 2, "no folder of recordings")
+
+
+def test_an_unknown_ablation_is_refused_before_anything_is_trained(stetholm):
+    done = stetholm("ablate", "--profile", "smoke", "--only", "no ears")
+    assert done.returncode == 2 and "unknown variant 'no ears': choose among as it is" in done.stderr and not stetholm.runs.exists()

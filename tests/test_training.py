@@ -123,6 +123,18 @@ def test_gradient_reaches_encoder_projector_and_lora_and_nothing_else():
     assert not any("audio_encoder" in n and "lora_" in n for n in reached)
 
 
+def test_in_bfloat16_encoder_and_projector_work_in_float32(tmp_path):
+    lm, pairs = build()
+    for part in (lm.model.model.language_model, lm.model.lm_head): part.to(torch.bfloat16)
+    seen = {}
+    for name, part in (("convolution", lm.model.model.audio_encoder.net.encoder.top_conv), ("projector", lm.model.model.projector), ("layer", lm.model.model.language_model.layers[0].mlp.up_proj)):
+        part.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, set()).add(out.dtype))
+    rows = training_rows(pairs, lm.processor, Noises(), 200)
+    _, log = fit(lm, rows, rows, Noises(), replace(P, dtype="bfloat16"), tmp_path, 6, 1e-2, 8, peft_config=lora(P, ["projector"]))
+    assert seen == {"convolution": {torch.float32}, "projector": {torch.float32}, "layer": {torch.bfloat16}}
+    assert log.eval_loss.dropna().iloc[-1] < log.loss.dropna().iloc[0]
+
+
 def test_fault_01_a_question_is_answered_alone_as_in_a_batch():
     lm, pairs = build()
     lm.model.eval()
