@@ -24,7 +24,7 @@ from .instructions import load_pairs
 from .model import StethoLM
 from .opera import load_opera
 from .phantom import make_phantom
-from .probes import hearing
+from .probes import hearing, label_probe
 from .run import Run, checkpoints, code_hash, device, dtype, set_seed, stage, versions
 from .sources import scan
 from .training import fit, training_rows
@@ -76,7 +76,7 @@ def alignment(
     set_seed(p.seed)  # what follows does not depend on whether the encoder was trained now or before
     pairs = load_pairs(run)
     text, tokenizer = load_backbone(p.language_model, dtype(p), [*pairs[pairs.split == "train"].instruction, *pairs[pairs.split == "train"].response])
-    lm = assemble(text, tokenizer, encoder, p).to(device())
+    lm = assemble(text, tokenizer, encoder, p, label_probe(encoder, features, table) if p.alignment_projector == "words" else None).to(device())
     lm.model.requires_grad_(False); lm.model.model.projector.requires_grad_(True)
     reports = pairs[pairs.task == "reporting"]
     rows, watched = (training_rows(reports[reports.split == s], lm.processor, features, p.sft_max_tokens) for s in ("train", "val"))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 from .config import Profile, StethoError, cache_folder, file_hash, read_json, write_json, write_whole
 from .encoder import AudioEncoder
 from .model import AUDIO_TOKEN, StethoLM, StethoLMConfig, StethoLMFeatureExtractor, StethoLMForConditionalGeneration, StethoLMProcessor
+from .probes import LabelProbe
 
 # %% ../nbs/08a_backbones.ipynb #08-005
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -99,18 +100,27 @@ def assemble(
     tokenizer,             # of that model
     encoder:AudioEncoder,  # (pre-trained) encoder
     profile:Profile,       # front end, encoder size, prefix tokens
+    probe:LabelProbe=None, # what projector `words` says in words
 ) -> StethoLM:
-    "An audio language model from a text model and an encoder; the projector is new, at the scale of the token embeddings"
+    "An audio language model from a text model and an encoder; the projector is new, at the scale of the token embeddings. Raises `StethoError` if projector `words` has no probe."
+    if profile.alignment_projector == "words" and probe is None: raise StethoError("projector 'words' wants a probe: label_probe(encoder, features, table)")
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
     if len(tokenizer) > text.config.vocab_size: text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
     rms = text.get_input_embeddings().weight.float().square().mean().sqrt().item()
     config = StethoLMConfig(text_config=text.config, encoder_layout=encoder.layout, encoder_width=profile.alignment_width, encoder_depth=profile.alignment_depth, encoder_mels=profile.n_mels*profile.alignment_statistics,
-                            projector=profile.alignment_projector, prefix_tokens=profile.alignment_prefix_tokens, embedding_rms=rms, audio_token_id=audio_id)
+                            projector=profile.alignment_projector, prefix_tokens=profile.alignment_prefix_tokens, labels=probe.labels if probe else (), embedding_rms=rms, audio_token_id=audio_id)
     model = StethoLMForConditionalGeneration(config)
     model.model.language_model, model.lm_head, model.model.audio_encoder = text.model, text.lm_head, encoder
+    projector, tokens = model.model.projector, profile.alignment_prefix_tokens
+    if profile.alignment_projector == "words":
+        tokens += len(probe.labels); known = text.get_input_embeddings().weight.detach().float().cpu()
+        word = lambda said: known[tokenizer(f" {said}", add_special_tokens=False).input_ids].mean(0)
+        with torch.no_grad():
+            projector.weight.copy_(probe.weight); projector.bias.copy_(probe.bias)
+            projector.words.copy_(torch.stack([torch.stack([word("normal" if label == "abnormal" else f"no {label}") for label in probe.labels]), torch.stack([word(label) for label in probe.labels])]))
     extractor = StethoLMFeatureExtractor(profile.sample_rate, profile.n_mels, profile.fmin, profile.fmax, profile.n_fft, profile.hop, profile.window_s, profile.max_windows)
-    lm = StethoLM(model, StethoLMProcessor(extractor, tokenizer, prefix_tokens=profile.alignment_prefix_tokens, per_window=model.model.projector.per_window))
+    lm = StethoLM(model, StethoLMProcessor(extractor, tokenizer, prefix_tokens=tokens, per_window=projector.per_window))
     model.generation_config.suppress_tokens = [audio_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = sorted({lm.processor.end_of_turn, tokenizer.eos_token_id})
