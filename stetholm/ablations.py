@@ -35,6 +35,7 @@ VARIANTS = {
     "encoder: labels alone": dict(alignment_objective="labels", alignment_phantoms=0),
     "encoder: COLA, then labels": dict(alignment_objective="cola+labels", alignment_phantoms=0),
     "encoder: no band statistics": dict(alignment_statistics=False),
+    "projector: MLP": dict(alignment_projector="mlp"),
     "projector: attention": dict(alignment_projector="attention"),
     "audio tokens: 1": dict(alignment_prefix_tokens=1),
     "audio tokens: 16": dict(alignment_prefix_tokens=16),

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .audio import band_statistics, standardise
-from .config import Profile
+from .config import Profile, StethoError
 from .encoder import AudioEncoder, Features, common_families, embed, label_matrix, new_encoder, pretrain
 from .intervals import auroc
 from .vocabulary import FINDINGS
@@ -59,12 +59,13 @@ def label_probe(
     features:Features,     # windows
     table:pd.DataFrame,    # recordings
 ) -> LabelProbe:
-    "One regression a label on the train split, its strength chosen by the log-likelihood on val. A finding of the other organ counts as absent."
+    "One regression a label on the train split, its strength chosen by the log-likelihood on val. A finding of the other organ counts as absent. Raises `StethoError` if a label does not vary."
     families = common_families(table[table.split == "train"]); targets = label_matrix(table, families); organ = {f.family: f.domain for f in FINDINGS.values()}
     for j, f in enumerate(families, 1): targets[(table.domain != organ[f]).to_numpy(), j] = 0
     x, weights, biases = embed(encoder, features, table.recording_id), [], []
-    for y in targets.T:
+    for label, y in zip(("abnormal", *families), targets.T):
         fit, val = (~np.isnan(y) & (table.split == s).to_numpy() for s in ("train", "val"))
+        if len(set(y[fit])) < 2: raise StethoError(f"no probe of {label!r}: of {fit.sum()} training recordings that say, all say the same; use --set alignment_projector=mlp")
         models = [LogisticRegression(C=c, max_iter=2000).fit(x[fit], y[fit]) for c in (.0001, .0003, .001, .003, .01, .03)]
         best = min(models, key=lambda m: log_loss(y[val], m.predict_proba(x[val])[:, 1], labels=[0, 1])) if val.any() else models[2]
         weights.append(best.coef_[0]); biases.append(best.intercept_[0])
