@@ -144,7 +144,7 @@ def measure_apart(
     if done.returncode: raise StethoError(f"benchmark {what!r} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}", 1)
     return json.loads(done.stdout.splitlines()[-1])
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     what, number, profile, name, recordings, changes = json.loads(sys.argv[1])
     with contextlib.redirect_stdout(sys.stderr): found = MEASURES[what](open_run(profile, name, recordings, changes), number)
     print(json.dumps(found))
