@@ -27,9 +27,10 @@ from .audio import load_audio, windows
 from .audit import load_recordings
 from .backbones import assemble, load_backbone
 from .config import Profile, StethoError
-from .encoder import Features, make_features, new_encoder
+from .encoder import common_families, make_features, new_encoder
 from .instructions import load_pairs
 from .model import StethoLM, answer
+from .probes import LabelProbe
 from .run import Run, dtype, open_run, peak_memory, set_seed
 from .sft import lora
 from .training import Report, fit, training_rows
@@ -40,8 +41,10 @@ def benchmark_model(
     precision,           # dtype of the language model
 ) -> tuple:              # (StethoLM with all frozen, training pairs)
     "The model that stage `sft` would train, with an encoder that has learnt nothing: speed does not depend on what it knows"
-    set_seed(run.profile.seed); pairs = load_pairs(run, "train")
-    lm = assemble(*load_backbone(run.profile.language_model, precision, [*pairs.instruction, *pairs.response]), new_encoder(run.profile), run.profile)
+    set_seed(run.profile.seed); pairs, encoder = load_pairs(run, "train"), new_encoder(run.profile)
+    labels = ("abnormal", *common_families(load_recordings(run).query("split == 'train'")))
+    probe = LabelProbe(labels, torch.zeros(len(labels), encoder.dim), torch.zeros(len(labels))) if run.profile.alignment_projector == "words" else None
+    lm = assemble(*load_backbone(run.profile.language_model, precision, [*pairs.instruction, *pairs.response]), encoder, run.profile, probe)
     lm.model.requires_grad_(False)
     return lm, pairs.sample(min(len(pairs), 512), random_state=run.profile.seed).reset_index(drop=True)
 

@@ -245,7 +245,8 @@ def keep_outputs(
     "Run a notebook and keep what it shows. Raises `StethoError` where a cell fails or an output holds a path."
     path, root = Path(path), Path(root).resolve(); nb = nbformat.read(path, as_version=4)
     at = next((i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", [])), None)
-    given = dict(DATA[path.stem], recordings=str(Path(recordings).resolve())) if recordings and path.stem in DATA and at is not None else {}
+    given = dict(DATA[path.stem], recordings=str(Path(recordings).resolve())) if recordings and path.stem in DATA else {}
+    if given and at is None: raise StethoError(f"{path}: no cell is tagged 'parameters', so that nothing can be set in it: tag the one with profile and recordings", 2)
     if given: nb.cells.insert(at + 1, new_code_cell("\n".join(f"{k} = {v!r}" for k, v in given.items()), metadata={"tags": ["injected-parameters"]}))
     try: NotebookClient(nb, timeout=None, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=50"], resources={"metadata": {"path": str(path.parent)}}).execute(env=os.environ | QUIET)
     except CellExecutionError as e: raise StethoError(f"{path}: {e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}", 1) from None
