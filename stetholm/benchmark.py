@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import librosa
@@ -68,13 +69,13 @@ def train_fit(
     steps:int,  # optimiser steps
 ) -> dict:      # pairs_s, waiting (share of time), peak_gib
     "Some steps of `fit`"
-    p, watch = run.profile, Watch()
+    p, watch = replace(run.profile, sft_evaluations=1), Watch()  # validation and checkpoints are no steps
     lm, pairs = benchmark_model(run, dtype(p)); table = load_recordings(run)
     with tempfile.TemporaryDirectory(dir=run.folder) as folder:
         features = make_features(table[table.recording_id.isin(pairs.recording_ids.explode())], p, Path(folder)/"features", report=lambda _: None)
         rows = training_rows(pairs, lm.processor, features, p.sft_max_tokens)
         fit(lm, rows, rows.select(range(2)), features, p, Path(folder)/"trainer", steps, p.sft_lr, p.sft_batch, peft_config=lora(p, ["projector"]), callbacks=[watch])
-    counted, waited = watch.steps[2:], watch.waits[1:]
+    counted, waited = watch.steps[steps//4:], watch.waits[steps//4 - 1:]
     return {"pairs_s": p.sft_batch*len(counted)/(sum(counted) + sum(waited)), "waiting": sum(waited)/(sum(counted) + sum(waited)), "peak_gib": peak_memory()}
 
 # %% ../nbs/14b_benchmark.ipynb #e691f4d9
@@ -93,6 +94,7 @@ def train_reference(
 ) -> dict:      # pairs_s, waiting, peak_gib
     "Some steps of the reference loop"
     p, (lm, pairs) = run.profile, benchmark_model(run, torch.float32)
+    lm.model.model.language_model.set_attn_implementation("sdpa")  # as transformers sets it
     paths, model = load_recordings(run).path, get_peft_model(lm.model, lora(p, ["projector"])).train()
     optimiser, took, waited = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], lr=p.sft_lr), [], []
     for step in range(steps):
@@ -109,7 +111,8 @@ def train_reference(
         losses = [F.cross_entropy(logits[i, len(q) - 1:len(q) + len(a) - 1], torch.tensor(a)) for i, (q, a) in enumerate(zip(prompts, answers))]
         optimiser.zero_grad(); torch.stack(losses).mean().backward(); optimiser.step()
         took.append(time.perf_counter() - begun)
-    return {"pairs_s": p.sft_batch*(steps - 2)/sum(took[2:]), "waiting": sum(waited[2:])/sum(took[2:]), "peak_gib": peak_memory()}
+    first = steps//4
+    return {"pairs_s": p.sft_batch*(steps - first)/sum(took[first:]), "waiting": sum(waited[first:])/sum(took[first:]), "peak_gib": peak_memory()}
 
 # %% ../nbs/14b_benchmark.ipynb #56225a49
 def generate(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'AUDIO_TOKEN', 'StethoLMConfig', 'Projector', 'MLPProjector', 'WordsProjector', 'AttentionProjector',
-           'StethoLMPreTrainedModel', 'StethoLMModel', 'StethoLMOutput', 'StethoLMForConditionalGeneration',
-           'StethoLMFeatureExtractor', 'StethoLMProcessor', 'p_abnormal', 'answer', 'StethoLM']
+           'StethoLMPreTrainedModel', 'StethoLMModel', 'answer_logps', 'StethoLMOutput',
+           'StethoLMForConditionalGeneration', 'StethoLMFeatureExtractor', 'StethoLMProcessor', 'p_abnormal', 'answer',
+           'StethoLM']
 
 # %% ../nbs/08_model.ipynb #08-002
 from dataclasses import dataclass
@@ -178,6 +179,29 @@ class StethoLMModel(StethoLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state, past_key_values=out.past_key_values)
 
 # %% ../nbs/08_model.ipynb #08-010
+class _AnswerLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, head, targets, at_once):
+        found, slopes = [], []
+        for x, y in zip(h.split(at_once), targets.split(at_once)):
+            logps = F.linear(x, head).float().log_softmax(-1); found.append(logps.gather(1, y[:, None])[:, 0])
+            if ctx.needs_input_grad[0]: slopes.append(F.linear(logps.exp_().neg_().scatter_add_(1, y[:, None], torch.ones_like(y[:, None], dtype=torch.float32)).to(head.dtype), head.T).to(h.dtype))
+        if slopes: ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(found) if found else h.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, slope): return (slope[:, None]*ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None, None
+
+def answer_logps(
+    h:torch.Tensor,        # (n, hidden) last hidden states, each of the token before
+    head:torch.Tensor,     # (vocabulary, hidden) weights
+    targets:torch.Tensor,  # (n,) tokens
+    at_once:int=128,       # positions whose logits are in memory at the same time
+) -> torch.Tensor:         # (n,) float32
+    "Log-probability of each token. With a frozen head the slope at `h` is known as soon as the logits are, so that none are kept for the backward pass: at 262,000 words they are most of a step's memory."
+    if head.requires_grad: return -F.cross_entropy(F.linear(h, head).float(), targets, reduction="none")
+    return _AnswerLogps.apply(h, head, targets, at_once)
+
 @dataclass
 class StethoLMOutput(CausalLMOutputWithPast):
     "A causal model's output, with the log-probability of each row's labels"
@@ -207,7 +231,7 @@ class StethoLMForConditionalGeneration(StethoLMPreTrainedModel, GenerationMixin)
             kept = h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
             return StethoLMOutput(logits=self.lm_head(kept.contiguous()), past_key_values=out.past_key_values)  # a strided slice is copied once per row on a CPU
         answer = labels[:, 1:] != -100
-        logps = -F.cross_entropy(self.lm_head(h[:, :-1][answer]).float(), labels[:, 1:][answer], reduction="none")
+        logps = answer_logps(h[:, :-1][answer], self.lm_head.weight, labels[:, 1:][answer])
         rows = answer.nonzero()[:, 0]
         count = answer.sum() if num_items_in_batch is None else num_items_in_batch
         return StethoLMOutput(loss=-logps.sum()/count, sequence_logps=logps.new_zeros(len(labels)).index_add(0, rows, logps), past_key_values=out.past_key_values)

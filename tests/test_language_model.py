@@ -14,6 +14,7 @@ from stetholm.backbones import SMOLLM2, assemble, load_backbone, smollm2_folder
 from stetholm.config import PROFILES, StethoError, file_hash
 from stetholm.encoder import new_encoder
 from stetholm.model import StethoLM, answer
+from stetholm.probes import LabelProbe
 
 QUESTIONS = ["Normal or abnormal?", "What do you hear?", "Write a brief report of this heart sound.", "Give a differential diagnosis.", "Is there a wheeze, a crackle, or neither of the two?",
              "64 years old, male, mitral valve area. Summarise the auscultation findings.", "Describe the acoustic evidence and your conclusion.", "Why?"]
@@ -21,10 +22,11 @@ QUESTIONS = ["Normal or abnormal?", "What do you hear?", "Write a brief report o
 
 @pytest.fixture(scope="module")
 def lm():
-    "SmolLM2 in float32 with an untrained encoder; its batch norm takes the statistics of the recordings asked about, without which it maps them all to one point"
+    "SmolLM2 in float32 with an untrained encoder and a probe of it drawn at random; its batch norm takes the statistics of the recordings asked about, without which it maps them all to one point"
     p = dataclasses.replace(PROFILES["mini"], dtype="float32")
     torch.manual_seed(0)
-    built = assemble(*load_backbone(SMOLLM2, torch.float32), new_encoder(p), p)
+    encoder = new_encoder(p)
+    built = assemble(*load_backbone(SMOLLM2, torch.float32), encoder, p, LabelProbe(("abnormal", "crackle", "murmur"), torch.randn(3, encoder.dim), torch.zeros(3)))
     encoder = built.model.model.audio_encoder.train()
     for m in encoder.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.momentum = 1.

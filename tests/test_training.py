@@ -233,9 +233,17 @@ def test_fault_10_a_broken_batch_stops_the_run(tmp_path):
 def test_fault_11_logits_are_computed_on_answer_positions_only(monkeypatch):
     lm, pairs = build()
     batch, seen = Collator(lm.processor, Noises())([training_rows(pairs, lm.processor, Noises(), 200)[i] for i in range(8)]), []
-    lm.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.numel()//out.shape[-1]))
-    lm.model(**batch)
-    assert seen == [int((batch["labels"] != -100).sum())]
+    linear, words = torch.nn.functional.linear, lm.model.lm_head.out_features
+
+    def watched(x, weight, bias=None):
+        out = linear(x, weight, bias)
+        if out.shape[-1] == words: seen.append(out.numel()//words)
+        return out
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    for frozen in (False, True):
+        lm.model.lm_head.requires_grad_(not frozen); seen.clear()
+        lm.model(**batch)
+        assert sum(seen) == int((batch["labels"] != -100).sum())
 
 
 def test_fault_13_training_is_seeded_and_stays_on_this_machine(tmp_path):
