@@ -74,7 +74,7 @@ def train_fit(
     with tempfile.TemporaryDirectory(dir=run.folder) as folder:
         features = make_features(table[table.recording_id.isin(pairs.recording_ids.explode())], p, Path(folder)/"features", report=lambda _: None)
         rows = training_rows(pairs, lm.processor, features, p.sft_max_tokens)
-        fit(lm, rows, rows.select(range(2)), features, p, Path(folder)/"trainer", steps, p.sft_lr, p.sft_batch, peft_config=lora(p, ["projector"]), callbacks=[watch])
+        fit(lm, rows, rows.select(range(2)), features, p, Path(folder)/"trainer", steps, p.sft_lr, p.sft_batch, peft_config=lora(p, ["projector"]), augmented=p.sft_augmentation, callbacks=[watch])
     counted, waited = watch.steps[steps//4:], watch.waits[steps//4 - 1:]
     return {"pairs_s": p.sft_batch*len(counted)/(sum(counted) + sum(waited)), "waiting": sum(waited)/(sum(counted) + sum(waited)), "peak_gib": peak_memory()}
 

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .backbones import MEDGEMMA_4B
 from .config import PROFILES, Profile
-from .model import StethoLMConfig, StethoLMForConditionalGeneration
+from .model import StethoLMConfig, StethoLMForConditionalGeneration, answer_logps
 from .sft import lora
 
 # %% ../nbs/14a_footprint.ipynb #5de754ba
@@ -89,7 +88,7 @@ def forward(
     embeds = torch.cat([audio.view(batch, -1, audio.shape[-1]), core.get_input_embeddings()(zeros(batch, tokens - profile.alignment_prefix_tokens))], 1)
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().expand(batch, 1, -1, -1)
     h = core.model.language_model(inputs_embeds=embeds, attention_mask=dict.fromkeys(("full_attention", "sliding_attention"), mask), use_cache=False).last_hidden_state
-    return F.cross_entropy(core.lm_head(h[:, -answer:].flatten(0, 1)).float(), zeros(batch*answer))
+    return -answer_logps(h[:, -answer:].flatten(0, 1), core.lm_head.weight, zeros(batch*answer)).mean()
 
 def count_step(
     profile:Profile,   # front end, projector, checkpointing

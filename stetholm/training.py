@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_rows', 'Collator', 'length_grouped', 'LengthGrouped', 'uncast', 'AnswerTrainer', 'Report',
-           'trainer_settings', 'last_checkpoint', 'fit']
+           'trainer_settings', 'last_checkpoint', 'Embedded', 'fit']
 
 # %% ../nbs/08b_training.ipynb #08b-002
 import os
@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .augmentations import augment
 from .config import Profile, StethoError
-from .encoder import Features
+from .encoder import AudioEncoder, Features, embed_frames
 from .model import StethoLM, StethoLMProcessor
 from .run import device, dtype
 
@@ -105,9 +105,9 @@ def uncast(
 
 class AnswerTrainer(SFTTrainer):
     "SFTTrainer with the model's own loss and batches of rows of one length"
-    def __init__(self, *args, watching=None, **kw):
+    def __init__(self, *args, watching=None, part_tokens=0, **kw):
         super().__init__(*args, **kw)
-        self.watching = watching  # collator of validation rows
+        self.watching, self.part_tokens = watching, part_tokens  # collator of validation rows; padded tokens that go through the model at once, 0: all
         uncast(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -119,6 +119,14 @@ class AnswerTrainer(SFTTrainer):
         kept, self.data_collator = self.data_collator, self.watching
         try: return super().get_eval_dataloader(eval_dataset)
         finally: self.data_collator = kept
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        "A batch of more than `part_tokens` goes through in parts: its loss is a sum over answer tokens, so the gradient is the same"
+        rows, length = inputs["input_ids"].shape
+        most = max(1, self.part_tokens//length) if self.part_tokens else rows
+        parts = [{k: v[i:i + most] for k, v in inputs.items()} for i in range(0, rows, most)]
+        with self.accelerator.no_sync(model): losses = [super(AnswerTrainer, self).training_step(model, part, num_items_in_batch) for part in parts[:-1]]
+        return sum(losses, super().training_step(model, parts[-1], num_items_in_batch))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Mean negative log-probability of the answer tokens"
@@ -165,12 +173,25 @@ def last_checkpoint(
     return str(max(whole, key=lambda c: int(c.name.split("-")[1]))) if whole else None
 
 # %% ../nbs/08b_training.ipynb #08b-015
+class Embedded:
+    "Recordings as a frozen encoder hears them, in place of `Features`"
+    def __init__(self,
+        encoder:AudioEncoder,  # it stays as it is
+        features:Features,     # of the run
+        recording_ids):        # of each pair
+        self.heard = embed_frames(encoder.eval(), features, list(dict.fromkeys(i for r in recording_ids for i in r)))
+
+    def __getitem__(self,
+        recording_id:str,  # a recording of the pairs
+    ) -> torch.Tensor:     # (windows, frames*dim) float32
+        return self.heard[recording_id].flatten(1)
+
 def fit(
     lm:StethoLM,            # its trainable parameters are trained in place
     rows:Dataset,           # training rows
     watched:Dataset,        # validation rows
     features:Features,      # of the run
-    profile:Profile,        # seed, `sft_evaluations`, `sft_patience`, `sft_checkpointing`
+    profile:Profile,        # seed, `sft_evaluations`, `sft_patience`, `sft_part_tokens`, `sft_checkpointing`
     folder:Path,            # for checkpoints and TensorBoard's log; a checkpoint in it is gone on from
     steps:int,              # optimiser steps
     lr:float,               # peak learning rate
@@ -181,12 +202,14 @@ def fit(
     callbacks:list=(),      # further ones
 ) -> tuple:                 # (best model, log: rows of step, loss, eval_loss)
     "Supervised training on answers, with trl"
+    encoder, full = lm.model.model.audio_encoder, peft_config and peft_config.modules_to_save or ()
+    if not augmented and "audio_encoder" not in full and not any(q.requires_grad for q in encoder.parameters()): features = Embedded(encoder, features, [*rows["recording_ids"], *watched["recording_ids"]])
     collator, often = Collator(lm.processor, features, profile.seed if augmented else None), max(1, -(-steps//profile.sft_evaluations))
     settings = trainer_settings(profile, folder, steps, learning_rate=lr, per_device_train_batch_size=batch, per_device_eval_batch_size=2*batch, gradient_accumulation_steps=accumulation,
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", include_num_input_tokens_seen="non_padding", max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator,
-                            watching=Collator(lm.processor, features), peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
+                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)  # `Report` says it in one line
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     log = pd.DataFrame([{k: float(h[k]) for k in ("step", "loss", "eval_loss") if k in h} for h in trainer.state.log_history if {"loss", "eval_loss"} & set(h)])

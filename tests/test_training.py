@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from stetholm import training
 from stetholm.audio import recording_features
 from stetholm.config import StethoError
 from stetholm.encoder import ColaHead, cola_loss, new_encoder, pretrain
@@ -70,6 +71,24 @@ def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(tmp_path):
 def test_two_processes_learn_what_one_learns(tmp_path):
     # by torchrun: without MPI `accelerate launch --cpu` starts one process only, whatever it is told
     same(trained(tmp_path/"one", 4, 2), trained(tmp_path/"two", 4, 1, launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")), 1e-4)
+
+
+def test_parts_of_a_batch_and_recordings_encoded_once_change_nothing(tmp_path, monkeypatch):
+    def learn(name, part_tokens):
+        lm, pairs = build()
+        rows, passes = training_rows(pairs, lm.processor, Noises(), 200), []
+        frames = type(lm.model.model.audio_encoder).frames
+        monkeypatch.setattr(type(lm.model.model.audio_encoder), "frames", lambda self, mel: passes.append(len(mel)) or frames(self, mel))
+        model, log = fit(lm, rows, rows, Noises(), replace(P, sft_part_tokens=part_tokens), tmp_path/name, 6, 1e-2, 8, peft_config=lora(P, ["projector"]), augmented=False)
+        monkeypatch.undo()
+        return log[["loss", "eval_loss"]].to_numpy(), [q.detach() for q in model.parameters() if q.requires_grad], sum(passes)
+    (whole, weights, once), (parts, others, _) = learn("whole", 0), learn("parts", 1)
+    monkeypatch.setattr(training, "Embedded", lambda encoder, features, ids: features)
+    again, kept, often = learn("again", 0)
+    for losses, learnt in ((parts, others), (again, kept)):
+        np.testing.assert_allclose(whole, losses, atol=1e-4)
+        for a, b in zip(weights, learnt): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    assert once < often
 
 
 def cola(rows):
