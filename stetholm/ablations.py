@@ -43,7 +43,7 @@ VARIANTS = {
     "no alignment": dict(alignment_projector_steps=0),
     "LoRA rank: 4": dict(sft_lora_rank=4),
     "LoRA rank: 64": dict(sft_lora_rank=64),
-    "no augmentation": dict(sft_augmentation=False),
+    "recordings augmented": dict(sft_augmentation=True),
 }
 
 def variant_run(

@@ -81,7 +81,7 @@ def alignment(
     reports = pairs[pairs.task == "reporting"]
     rows, watched = (training_rows(reports[reports.split == s], lm.processor, features, p.sft_max_tokens) for s in ("train", "val"))
     steps = pd.DataFrame()
-    if p.alignment_projector_steps: _, steps = fit(lm, rows, watched, features, p, checkpoints(run, "alignment")/"projector", p.alignment_projector_steps, p.alignment_projector_lr, p.sft_batch)
+    if p.alignment_projector_steps: _, steps = fit(lm, rows, watched, features, p, checkpoints(run, "alignment")/"projector", p.alignment_projector_steps, p.alignment_projector_lr, p.sft_batch, augmented=p.sft_augmentation)
     with write_whole(run/"aligned") as tmp: lm.save_pretrained(tmp)
     note_training(run, "alignment", [*table.recording_id[table.split == "train"], *(i for r in rows["recording_ids"] for i in r)])
     log = pd.concat([log, steps.assign(phase="projector")], ignore_index=True)

@@ -16,7 +16,7 @@ from stetholm.config import PROFILES
 from stetholm.encoder import new_encoder
 from stetholm.sft import lora
 
-P = replace(PROFILES["smoke"], sft_train_encoder=False)
+P = replace(PROFILES["smoke"], sft_train_encoder=False, sft_part_tokens=60)  # two parts a batch of four
 
 
 class Noises:
