@@ -24,7 +24,7 @@ from .encoder import Features
 from .model import StethoLM, StethoLMProcessor
 from .run import Run, checkpoints, stage
 from .sft import lora
-from .training import Collator, Report, trainer_settings
+from .training import Collator, Report, lean, trainer_settings
 
 # %% ../nbs/12_dpo.ipynb #12-006
 def mdpo_loss(
@@ -143,7 +143,7 @@ def dpo(
         max_length=None, precompute_ref_log_probs=True, disable_dropout=True, conditional_weight=p.dpo_conditional_weight, anchor_weight=p.dpo_anchor_weight, anchor_margin=p.dpo_anchor_margin)
     trainer = MDPOTrainer(model=lm.model, args=MDPOConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows,
         data_collator=PreferenceCollator(lm.processor, features, p.dpo_degradation), peft_config=lora(p, ["projector"]), callbacks=[Report()])
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback); lean(trainer.model)
     trainer.train()
     first = [trainer.train_dataset[i] for i in range(min(len(rows), p.dpo_batch))]
     batch = trainer.data_collator(first)

@@ -146,7 +146,7 @@ def test_in_bfloat16_encoder_and_projector_work_in_float32(tmp_path):
     lm, pairs = build()
     for part in (lm.model.model.language_model, lm.model.lm_head): part.to(torch.bfloat16)
     seen = {}
-    for name, part in (("convolution", lm.model.model.audio_encoder.net.encoder.top_conv), ("projector", lm.model.model.projector), ("layer", lm.model.model.language_model.layers[0].mlp.up_proj)):
+    for name, part in (("convolution", lm.model.model.audio_encoder.net.encoder.top_conv), ("projector", lm.model.model.projector), ("layer", lm.model.model.language_model.layers[0].mlp)):
         part.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, set()).add(out.dtype))
     rows = training_rows(pairs, lm.processor, Noises(), 200)
     _, log = fit(lm, rows, rows, Noises(), replace(P, dtype="bfloat16"), tmp_path, 6, 1e-2, 8, peft_config=lora(P, ["projector"]))
