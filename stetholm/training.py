@@ -102,8 +102,8 @@ class _LoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, down, up, scale):
         with torch.autocast(x.device.type, enabled=False):
-            down, up = down.to(x.dtype), (scale*up).to(x.dtype)
-            out, low = F.linear(x, weight), F.linear(x, down)
+            down, up = down.to(x.dtype), up.to(x.dtype)
+            out, low = F.linear(x, weight), F.linear(x, down).mul_(scale)
             out.flatten(0, -2).addmm_(low.flatten(0, -2), up.T)
         ctx.save_for_backward(x, weight, down, up, low); ctx.scale = scale
         return out
@@ -111,8 +111,8 @@ class _LoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         x, weight, down, up, low = ctx.saved_tensors
-        rows, x_rows, low = (t.flatten(0, -2) for t in (slope, x, low)); slope_low = rows @ up
-        return (rows @ weight).addmm_(slope_low, down).view_as(x), None, slope_low.T @ x_rows, ctx.scale*(low.T @ rows).T, None
+        rows, x_rows, low = (t.flatten(0, -2) for t in (slope, x, low)); slope_low = (rows @ up).mul_(ctx.scale)
+        return (rows @ weight).addmm_(slope_low, down).view_as(x), None, slope_low.T @ x_rows, (low.T @ rows).T, None
 
 class LeanLoRA(Linear):
     "peft's LoRA layer, its sums taken up by the matrix products: scaled, added and copied to float32 one after the other, what LoRA adds costs more than its arithmetic"
@@ -149,7 +149,7 @@ class AnswerTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         "A batch of more than `part_tokens` goes through in parts: its loss is a sum over answer tokens, so the gradient is the same"
         rows, length = inputs["input_ids"].shape
-        most = max(1, self.part_tokens//length) if self.part_tokens else rows
+        most = -(-rows//-(-rows*length//(self.part_tokens or rows*length)))
         parts = [{k: v[i:i + most] for k, v in inputs.items()} for i in range(0, rows, most)]
         with self.accelerator.no_sync(model): losses = [super(AnswerTrainer, self).training_step(model, part, num_items_in_batch) for part in parts[:-1]]
         return sum(losses, super().training_step(model, parts[-1], num_items_in_batch))
