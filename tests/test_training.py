@@ -1,4 +1,5 @@
 "Training: what moves, what a step is made of, and that a kill, accumulation or a second process change nothing"
+import copy
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from stetholm import training
 from stetholm.audio import recording_features
 from stetholm.config import StethoError
 from stetholm.encoder import ColaHead, cola_loss, new_encoder, pretrain
-from stetholm.model import StethoLM, answer
+from stetholm.model import StethoLM, StethoLMProcessor, answer
 from stetholm.sft import lora
 from stetholm.training import Collator, fit, last_checkpoint, trainer_settings, training_rows
 from train_tiny import P, Noises, build
@@ -179,6 +180,9 @@ def test_fault_04_the_template_s_end_of_turn_is_learnt_and_nothing_of_the_prompt
         learnt = [t for t in row["labels"] if t != -100]
         assert learnt[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(learnt[:-1]) == pair.response
         assert lm.processor.end_of_turn in lm.model.generation_config.eos_token_id
+    tokenizer = copy.deepcopy(lm.processor.tokenizer)  # Gemma's turns, too, end with another token than its texts
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|system|>")
+    assert StethoLMProcessor(lm.processor.feature_extractor, tokenizer).answer_ids("I hear a wheeze.")[-1] == tokenizer.convert_tokens_to_ids("<|system|>") != tokenizer.eos_token_id
 
 
 def test_fault_05_the_model_hears_what_the_encoder_was_trained_on(tmp_path):
@@ -269,7 +273,7 @@ def test_fault_13_training_is_seeded_and_stays_on_this_machine(tmp_path):
     def once(name, seed):
         lm, pairs = build()
         rows = training_rows(pairs, lm.processor, Noises(), 200)
-        model, log = fit(lm, rows, rows, Noises(), replace(P, seed=seed), tmp_path/name, 3, 1e-2, 4, peft_config=lora(P, ["projector"]))
+        model, log = fit(lm, rows, rows, Noises(), replace(P, seed=seed), tmp_path/name, 3, 1e-2, 4, peft_config=lora(P, ["projector"]), augmented=False)
         return log.loss.dropna().tolist()
     assert once("one", 0) == once("again", 0) != once("other", 1)
     settings = trainer_settings(P, tmp_path/"one", 3)
