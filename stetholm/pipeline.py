@@ -90,7 +90,7 @@ def _overrides(changes):
         out[key.strip()] = value.strip()
     return out
 
-SECONDS = dict(audit=29, exploration=10, instructions=7, alignment=440, sft=670, preferences=60, dpo=170, evaluation=200, figures=5)  # of profile mini on two cores
+SECONDS = dict(audit=36, exploration=12, instructions=8, alignment=460, sft=690, preferences=65, dpo=130, evaluation=320, figures=6)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
