@@ -130,7 +130,12 @@ def augment(
     return mask_bands(mask_time(tilt(mel, 6., generator), (0., .15), generator), (0., .15), generator)
 
 # %% ../nbs/01a_augmentations.ipynb #01a-027
-DEGRADATIONS = ("crop", "mask", "remove", "noise", "silence", "swap")
+_DEGRADED = {
+    "crop": lambda m, g: mask_time(m, (.1, .2), g), "mask": lambda m, g: mask_bands(m, (.1, .2), g), "crop_mask": lambda m, g: mask_bands(mask_time(m, (.1, .2), g), (.1, .2), g),
+    "remove_half": lambda m, g: mask_time(m, (.5, .5), g), "remove": lambda m, g: mask_time(m, (.8, .99), g), "remove_bands": lambda m, g: mask_bands(m, (.8, .99), g),
+    "noise_0db": lambda m, g: add_noise(m, (0., 0.), g), "noise": lambda m, g: add_noise(m, (-10., -10.), g), "silence": lambda m, g: torch.full_like(m, FLOOR),
+}
+DEGRADATIONS = (*_DEGRADED, "swap")  # crop, mask, crop_mask: 10-20 %, as in the paper's code; remove, remove_bands: 80-99 % of frames or bands, as in mDPO; noise: at -10 dB; swap: another recording
 
 def degrade(
     mel:torch.Tensor,           # (n, n_mels, frames) dB
@@ -138,13 +143,10 @@ def degrade(
     generator:torch.Generator,  # random numbers
     other:torch.Tensor=None,    # for swap: (n, n_mels, frames) dB of another patient's recording
 ) -> torch.Tensor:
-    "Log-mel windows that support the answer less: crop and mask as in the paper (10-20 %), remove as in mDPO (80-99 % of the frames), noise at -10 dB, silence, or another recording"
-    if kind == "crop": return mask_time(mel, (.1, .2), generator)
-    if kind == "mask": return mask_bands(mel, (.1, .2), generator)
-    if kind == "remove": return mask_time(mel, (.8, .99), generator)
-    if kind == "noise": return add_noise(mel, (-10., -10.), generator)
-    if kind == "silence": return torch.full_like(mel, -100.)
+    "Log-mel windows that support the answer less. Raises `StethoError` on an unknown kind, or a swap without another recording."
     if kind == "swap":
         if other is None: raise StethoError("degradation 'swap' wants another recording's windows")
         return other
-    raise StethoError(f"unknown degradation {kind!r}: choose one of {', '.join(DEGRADATIONS)}")
+    if kind not in _DEGRADED: raise StethoError(f"unknown degradation {kind!r}: choose one of {', '.join(DEGRADATIONS)}")
+    return _DEGRADED[kind](mel, generator)
+

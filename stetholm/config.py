@@ -81,18 +81,26 @@ class Profile:
     sft_max_tokens:int = 512          # longest prompt plus answer; a longer one is an error, never cut
     # preferences
     preferences_questions:int = 8     # training questions that are sampled
+    preferences_watched:int = 6       # validation questions that are; their pairs choose mDPO's checkpoint
     preferences_samples:int = 3       # K, candidates a question
     preferences_max_tokens:int = 48   # longest candidate
-    preferences_margin:float = 0.001  # smallest score difference between chosen and rejected
+    preferences_facts:float = 2.      # weight of what the reader finds in a candidate
+    preferences_wording:float = 1.    # weight of BERTScore against the reference answer
+    preferences_judge:float = 0.      # weight of a language model's grade
+    preferences_endpoint:str = ""     # OpenAI-compatible address of that model
+    preferences_model:str = ""        # its name there
+    preferences_margin:float = 0.001  # smallest difference between the weighted means, 0 to 1, of chosen and rejected
+    preferences_reference:bool = False  # the reference answer is the chosen one
     # multimodal DPO
     dpo_steps:int = 2                 # optimiser steps
     dpo_batch:int = 2                 # preference pairs a step
     dpo_lr:float = 1e-4               # peak learning rate
-    dpo_beta:float = 0.5              # the paper's code: 0.5; the original mDPO: 0.1
-    dpo_conditional_weight:float = 0.5  # weight of the audio preference
-    dpo_anchor_weight:float = 1.5     # weight of the anchor
-    dpo_anchor_margin:float = 0.5     # margin of the anchor
-    dpo_degradation:str = "swap"      # what the audio preference is held against: crop, mask, noise, silence or swap
+    dpo_accumulation:int = 1          # batches a step
+    dpo_evaluations:int = 2           # times that the loss on validation pairs is taken; the best of these models is kept
+    dpo_objective:str = "paper"       # paper: of the paper's code; mdpo: the original mDPO's; dpo: no audio preference and no anchor
+    dpo_beta:float = 0.               # scale of the implicit reward; 0: the objective's own
+    dpo_normalised:bool = False       # log-probability of an answer by its length, else its sum
+    dpo_degradation:str = "swap"      # what the audio preference is held against, a key of `DEGRADATIONS`
     # evaluation
     evaluation_questions:int = 12     # test questions that are answered, stratified over tasks and sources (0: all)
     evaluation_batch:int = 8          # questions answered at once
@@ -108,16 +116,16 @@ PROFILES = {
         alignment_width=0.5, alignment_depth=0.5, alignment_phantoms=600, alignment_phantom_epochs=6, alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=16, alignment_lr=7e-4,
         alignment_projector="words", alignment_projector_steps=40, language_model="smollm2-135m-instruct",
         sft_steps=190, sft_batch=8, sft_lr=1e-3, sft_lora_rank=16, sft_part_tokens=640, sft_augmentation=False, sft_train_encoder=False,
-        preferences_questions=96, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
-        dpo_steps=30, dpo_batch=4, dpo_lr=5e-5,
+        preferences_questions=96, preferences_watched=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
+        dpo_steps=30, dpo_batch=4, dpo_lr=5e-5, dpo_evaluations=3,
         evaluation_questions=640, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
     "paper": Profile(name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512,
         window_s=7., max_windows=4, phantom_patients=400, instructions_per_task=1,
         alignment_width=1., alignment_depth=1., alignment_statistics=False, alignment_phantoms=0, alignment_objective="cola", alignment_crop_s=4., alignment_batch=128,
         alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000, language_model="google/medgemma-4b-it",
         sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_evaluations=90, sft_patience=5, sft_checkpointing=True, sft_max_tokens=1024,
-        preferences_questions=2400, preferences_samples=5, preferences_max_tokens=240, preferences_margin=0.05,
-        dpo_steps=1800, dpo_batch=4, dpo_lr=3e-6, evaluation_questions=0, evaluation_batch=16, evaluation_beams=5,
+        preferences_questions=2400, preferences_watched=240, preferences_samples=5, preferences_max_tokens=240, preferences_margin=0.05,
+        dpo_steps=1800, dpo_batch=4, dpo_lr=3e-6, dpo_evaluations=9, evaluation_questions=0, evaluation_batch=16, evaluation_beams=5,
         evaluation_length_penalty=0.5, evaluation_max_tokens=240, evaluation_bootstrap=2000),
 }
 
@@ -165,13 +173,13 @@ STAGES = {s.name: s for s in [
     Stage("instructions", "06_instructions", ("audit",), ("stethobench.parquet",), "StethoBench: instruction-response pairs over seven tasks and safety"),
     Stage("alignment", "09_alignment", ("audit", "instructions"), ("features", "encoder", "aligned", "hearing.parquet", "alignment.parquet", "trained_on/alignment.json"), "COLA encoder, then the projector alone"),
     Stage("sft", "10_sft", ("alignment",), ("sft", "text_only", "sft.parquet", "trained_on/sft.json"), "supervised fine-tuning with LoRA, and the text-only control"),
-    Stage("preferences", "11_preferences", ("sft",), ("candidates.parquet", "pairs.parquet", "trained_on/preferences.json"), "sampled answers, ranked into preference pairs"),
+    Stage("preferences", "11_preferences", ("sft",), ("pairs.parquet", "trained_on/preferences.json"), "sampled answers, ranked into preference pairs"),
     Stage("dpo", "12_dpo", ("preferences",), ("dpo", "dpo.parquet", "trained_on/dpo.json"), "multimodal direct preference optimisation"),
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "scores.parquet", "differences.parquet", "metrics.json"), "answers and scores in and out of distribution"),
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
 ]}
 MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "opera", "model", "backbones", "training",
-           "alignment", "sft", "preferences", "dpo", "evaluation", "model_card", "figures", "footprint", "benchmark", "ablations", "pipeline")
+           "alignment", "sft", "scoring", "preferences", "dpo", "evaluation", "model_card", "figures", "footprint", "benchmark", "ablations", "objectives", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017
 def stages_between(

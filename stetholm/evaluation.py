@@ -23,7 +23,7 @@ from .grammar import ALIASES, TASKS
 from .instructions import load_pairs
 from .intervals import MEAN, score_verdicts, verdict_differences, with_interval
 from .model import StethoLM, answer, p_abnormal
-from .preferences import BERTSCORE, bertscore
+from .scoring import BERTSCORE, bertscore
 from .probes import HEARING
 from .reader import is_right
 from .run import Run, hardware, stage
@@ -134,12 +134,13 @@ def paired_differences(
     predictions:pd.DataFrame,  # of all systems
     resamples:int=2000,        # of the bootstrap
     seed:int=0,                # of the draws
+    against:list=AGAINST,      # (first, second) systems
 ) -> pd.DataFrame:             # first, second, task, distribution, value, lo, hi, n, n_patients
     "Clinical accuracy of `second` less that of `first` on the same questions, of each task and of all"
     p = predictions.assign(right=[float(is_right(g, e, t)) for g, e, t in zip(predictions.generated, predictions.evidence, predictions.task)])
     wide = p.pivot(index=["pair_id", "task", "distribution", "patient_id"], columns="model", values="right").reset_index()
     return pd.DataFrame([dict(first=a, second=b, task=t, distribution=d, **with_interval((x[b] - x[a]).to_numpy(), x.patient_id.to_numpy(), resamples, seed))
-                         for d, g in wide.groupby("distribution") for t, x in [("all", g), *g.groupby("task")] for a, b in AGAINST if {a, b} <= set(x)])
+                         for d, g in wide.groupby("distribution") for t, x in [("all", g), *g.groupby("task")] for a, b in against if {a, b} <= set(x)])
 
 # %% ../nbs/13_evaluation.ipynb #13-020
 def read_predictions(

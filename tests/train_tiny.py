@@ -1,4 +1,4 @@
-"""Trains a tiny model on 16 pairs and writes its losses and weights: `train_tiny.py FOLDER BATCH ACCUMULATION [DROPOUT_PERCENT [KILL_AFTER]]`, alone or under `accelerate launch`"""
+"""Trains a tiny model on 16 pairs and writes its losses and weights: `train_tiny.py FOLDER BATCH ACCUMULATION [DROPOUT_PERCENT [KILL_AFTER [PREFERENCES]]]`, alone or under `torchrun`"""
 import os
 import signal
 import sys
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from stetholm import training
 from stetholm.backbones import assemble, tiny
 from stetholm.config import PROFILES
+from stetholm.dpo import optimise, preference_rows
 from stetholm.encoder import new_encoder
 from stetholm.sft import lora
 
@@ -36,15 +37,25 @@ def build():
     return lm, pairs
 
 
-def main(folder, batch, accumulation, dropout=0, kill_after=0):
-    "Train with so many percent of LoRA dropout; with `kill_after`, die at the end of that step as under kill -9"
+def preferred(pairs):
+    "Preference pairs of the same questions, the word after the right one rejected, and a table of their recordings: every one a patient of its own"
+    table = pd.DataFrame(dict(split="train", domain="lung", binary=["normal", "abnormal"]*8, patient_id=pairs.pair_id, findings=[[]]*16, recording_id=[str(i) for i in range(16)])).set_index("recording_id", drop=False)
+    return pairs.assign(chosen=pairs.response, rejected=np.roll(pairs.response, -1)), table
+
+
+def main(folder, batch, accumulation, dropout=0, kill_after=0, preferences=0):
+    "Train with so many percent of LoRA dropout; with `kill_after`, die at the end of that step as under kill -9; with `preferences`, by mDPO"
     if kill_after:
         def die(self, args, state, control, **kw):
             if state.global_step == kill_after: os.kill(os.getpid(), signal.SIGKILL)
         training.Report.on_step_end = die
     lm, pairs = build()
-    rows = training.training_rows(pairs, lm.processor, Noises(), 200)
-    model, log = training.fit(lm, rows, rows, Noises(), P, folder/"trainer", 6, 1e-2, batch, accumulation, lora(replace(P, sft_lora_dropout=dropout/100), ["projector"]))
+    if preferences:
+        rows = preference_rows(*preferred(pairs), lm.processor, Noises(), 200, 0)
+        model, log = optimise(lm, rows, rows.select(range(4)), Noises(), replace(P, dpo_steps=6, dpo_lr=1e-2, dpo_batch=batch, dpo_accumulation=accumulation, dpo_evaluations=3, sft_lora_dropout=dropout/100), folder/"trainer")
+    else:
+        rows = training.training_rows(pairs, lm.processor, Noises(), 200)
+        model, log = training.fit(lm, rows, rows, Noises(), P, folder/"trainer", 6, 1e-2, batch, accumulation, lora(replace(P, sft_lora_dropout=dropout/100), ["projector"]))
     if int(os.environ.get("RANK", 0)) == 0:
         log.to_csv(folder/"log.csv", index=False)
         save_file({n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}, folder/"trained.safetensors")
