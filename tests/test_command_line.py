@@ -51,7 +51,7 @@ def test_help_names_every_command_within_half_a_second(stetholm):
     assert min(seconds for seconds, _ in tries) < .5
 
 
-@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data join", "data audit", "synthesize", "evaluate", "score", "publish"])
+@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data join", "data audit", "synthesize", "evaluate", "score", "ablate", "objectives", "publish"])
 def test_every_command_has_help(stetholm, command):
     done = stetholm(*command.split(), "--help")
     assert done.returncode == 0 and f"stetholm {command}" in done.stdout and not done.stderr
@@ -326,3 +326,8 @@ def test_scanned_tables_are_joined_and_the_study_runs_on_them(stetholm):
 def test_an_unknown_ablation_is_refused_before_anything_is_trained(stetholm):
     done = stetholm("ablate", "--profile", "smoke", "--only", "no ears")
     assert done.returncode == 2 and "unknown variant 'no ears': choose among as it is" in done.stderr and not stetholm.runs.exists()
+
+
+def test_objectives_are_compared_only_where_there_are_pairs(stetholm):
+    refused(stetholm("objectives", "--profile", "smoke"), 1, "run 'smoke-phantom' has no preference pairs to go on from (stage audit is missing or out of date): stetholm reproduce --profile smoke --run smoke-phantom --until preferences")
+    refused(stetholm("objectives", "--profile", "smoke", "--only", "PPO"), 2, "unknown variant 'PPO': choose among SFT, DPO")
