@@ -330,4 +330,3 @@ def test_an_unknown_ablation_is_refused_before_anything_is_trained(stetholm):
 
 def test_objectives_are_compared_only_where_there_are_pairs(stetholm):
     refused(stetholm("objectives", "--profile", "smoke"), 1, "run 'smoke-phantom' has no preference pairs to go on from (stage audit is missing or out of date): stetholm reproduce --profile smoke --run smoke-phantom --until preferences")
-    refused(stetholm("objectives", "--profile", "smoke", "--only", "PPO"), 2, "unknown variant 'PPO': choose among SFT, DPO")

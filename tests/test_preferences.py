@@ -1,5 +1,6 @@
 "Preference pairs and mDPO on tiny models: what is learnt from, what is refused, and that the reference stays"
 import contextlib
+import json
 import math
 import signal
 from dataclasses import replace
@@ -9,10 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from stetholm import dpo
 from stetholm.config import StethoError
 from stetholm.dpo import BLOCKS, OBJECTIVES, Degraded, MDPOTrainer, PreferenceCollator, counterparts, first_loss, mdpo_loss, optimise, preference_rows
-from stetholm.preferences import rank
+from stetholm.preferences import rank, score_candidates
 from test_training import same, train, trained
 from train_tiny import P, Noises, build, preferred
 
@@ -37,6 +37,19 @@ def test_fault_02_the_best_answer_is_chosen_and_the_trainer_sees_it(toy, tmp_pat
     optimise(lm, rows, rows.select(range(4)), Noises(), Q, tmp_path)
     taught = {a for batch in seen for a in zip(*np.split(np.array(batch), 3))}
     assert taught <= {(f"best {i}", f"worst {i}", f"best {i}") for i in pairs.pair_id} and len(taught) == len(pairs)
+
+
+def test_a_judge_can_rank_alone(toy):
+    _, pairs, _, _ = toy
+    evidence = json.dumps({"asked": "findings", "recordings": [{"recording_id": "rec-1", "domain": "lung", "binary": "abnormal", "findings": ["wheeze"]}]})
+    asked = pairs.assign(evidence=evidence)[:2]
+    said = pd.DataFrame([dict(pair_id=i, candidate=a) for i in asked.pair_id for a in ("Wheezes.", "Crackles.", "Wheezes.")])
+
+    def chat(talks, samples): return [json.dumps({"grade": 8 if "Answer: Crackles." in t[0]["content"] else 3}) for t in talks]
+    scored = score_candidates(said, asked, chat)
+    assert scored.judge.tolist() == [.3, .8, .3]*2 and (scored.facts[::3] > scored.facts[1::3].to_numpy()).all()
+    assert rank(scored, {"judge": 1.}, .1).chosen.tolist() == ["Crackles."]*2 and rank(scored, {"facts": 2., "wording": 1.}, .1).chosen.tolist() == ["Wheezes."]*2
+    assert score_candidates(said, asked).judge.isna().all()
 
 
 def test_fault_12_only_the_third_block_hears_worse_and_the_same_sound_leaves_no_margin(toy):
