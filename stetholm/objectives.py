@@ -152,7 +152,7 @@ def study(
         if key in trained: report(f"[{i}/{len(names)}] {name}: the same as {trained[key]}"); found.append([x.assign(model=name) for x in found[names.index(trained[key])]]); continue
         trained[key] = name
         if VARIANTS[name] is not None:
-            if not is_current(this, "dpo"):
+            if not is_current(this, "dpo") and not adopt(this, "dpo", [base]):
                 for s in before: is_current(this, s) or adopt(this, s, [base])
                 report(f"[{i}/{len(names)}] {name}"); dpo(this)
             lm = load_model(this, "dpo")
