@@ -146,8 +146,8 @@ class PreferenceCollator(Collator):
 # %% ../nbs/12_dpo.ipynb #b12f6ae1
 class MDPOTrainer(DPOTrainer):
     "DPOTrainer on rows that are tokenized already, with `mdpo_loss`; the methods it replaces are private to trl, hence the exact pin"
-    def __init__(self, *args, objective, **kw):
-        self.objective = objective
+    def __init__(self, *args, objective, part_tokens=0, **kw):
+        self.objective, self.part_tokens, self.share = objective, part_tokens, 1.  # padded tokens that go through the model at once, 0: all; what a part weighs in its batch
         super().__init__(*args, **kw)
 
     def _prepare_dataset(self, dataset, *args, **kw): return dataset
@@ -171,13 +171,25 @@ class MDPOTrainer(DPOTrainer):
         parts = [self.reference_logps(self.data_collator(rows[i:i + batch_size])) for i in range(0, len(rows), batch_size)]
         return dataset.add_column("reference", torch.cat(parts, 1).T.tolist())
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        "A batch of more than `part_tokens` goes through in parts of whole pairs, each with its three blocks: its loss is a mean over pairs, so the gradient is the same"
+        rows, length = inputs["input_ids"].shape; pairs = rows//len(BLOCKS)
+        most = -(-pairs//-(-rows*length//(self.part_tokens or rows*length)))
+        parts = [range(i, min(i + most, pairs)) for i in range(0, pairs, most)]
+        def step(part):
+            at, self.share = [b*pairs + i for b in range(len(BLOCKS)) for i in part], len(part)/pairs
+            return super(MDPOTrainer, self).training_step(model, {k: v[:, list(part)] if k == "reference" else v[at] for k, v in inputs.items()}, num_items_in_batch)
+        with self.accelerator.no_sync(model): losses = [step(part) for part in parts[:-1]]
+        losses.append(step(parts[-1])); self.share = 1.
+        return sum(losses)
+
     def _compute_loss(self, model, inputs, return_outputs=False):
         lengths = torch.stack((inputs["labels"] != -100).sum(1).chunk(len(BLOCKS)))
         loss, r = mdpo_loss(self.logps(model, inputs), inputs["reference"], self.objective, lengths)
         log = self._metrics["train" if self.model.training else "eval"]
         shown = {f"rewards/{k}": v.mean() for k, v in zip(BLOCKS, r)} | {"rewards/accuracy": (r[0] > r[1]).float().mean(), "rewards/audio_accuracy": (r[0] > r[2]).float().mean()}
         for k, v in shown.items(): log[k].append(self.accelerator.gather(v.detach()).mean().item())
-        return (loss, None) if return_outputs else loss
+        return (loss*self.share, None) if return_outputs else loss*self.share
 
     def _save_checkpoint(self, model, trial): super(DPOTrainer, self)._save_checkpoint(model, trial)  # without a model card of trl's
 
@@ -201,7 +213,7 @@ def optimise(
                                 metric_for_best_model="eval_loss", greater_is_better=False, max_length=None, precompute_ref_log_probs=True, disable_dropout=True)
     first = collator([rows[i] for i in range(min(len(rows), p.dpo_batch))])
     with torch.no_grad(), torch.autocast(lm.model.device.type, torch.bfloat16, enabled=settings["bf16"]): before = torch.stack(lm.model(**{k: v.to(lm.model.device) for k, v in first.items()}, use_cache=False).sequence_logps.chunk(len(BLOCKS))).cpu()
-    trainer = MDPOTrainer(model=lm.model, args=DPOConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator, objective=o,
+    trainer = MDPOTrainer(model=lm.model, args=DPOConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator, objective=o, part_tokens=p.sft_part_tokens,
                           peft_config=lora(p, ["projector"]), callbacks=[Report(), *callbacks])
     trainer.remove_callback(PrinterCallback); lean(trainer.model)
     known = torch.tensor([trainer.train_dataset[i]["reference"] for i in range(first["labels"].shape[0]//len(BLOCKS))]).T
