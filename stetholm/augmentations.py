@@ -135,14 +135,14 @@ _DEGRADED = {
     "remove_half": lambda m, g: mask_time(m, (.5, .5), g), "remove": lambda m, g: mask_time(m, (.8, .99), g), "remove_bands": lambda m, g: mask_bands(m, (.8, .99), g),
     "noise_0db": lambda m, g: add_noise(m, (0., 0.), g), "noise": lambda m, g: add_noise(m, (-10., -10.), g), "silence": lambda m, g: torch.full_like(m, FLOOR),
 }
-DEGRADATIONS = (*_DEGRADED, "swap")  # crop, mask, crop_mask: 10-20 %, as in the paper's code; remove, remove_bands: 80-99 % of frames or bands, as in mDPO; noise: at -10 dB; swap: another recording
+DEGRADATIONS = (*_DEGRADED, "swap")
 
 def degrade(
     mel:torch.Tensor,           # (n, n_mels, frames) dB
     kind:str,                   # one of `DEGRADATIONS`
     generator:torch.Generator,  # random numbers
     other:torch.Tensor=None,    # for swap: (n, n_mels, frames) dB of another patient's recording
-) -> torch.Tensor:
+) -> torch.Tensor:           # (n, n_mels, frames) dB
     "Log-mel windows that support the answer less. Raises `StethoError` on an unknown kind, or a swap without another recording."
     if kind == "swap":
         if other is None: raise StethoError("degradation 'swap' wants another recording's windows")

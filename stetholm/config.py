@@ -100,7 +100,7 @@ class Profile:
     dpo_objective:str = "paper"       # paper: of the paper's code; mdpo: the original mDPO's; dpo: no audio preference and no anchor
     dpo_beta:float = 0.               # scale of the implicit reward; 0: the objective's own
     dpo_normalised:bool = False       # log-probability of an answer by its length, else its sum
-    dpo_degradation:str = "swap"      # what the audio preference is held against, a key of `DEGRADATIONS`
+    dpo_degradation:str = "swap"      # what the audio preference is held against, one of `DEGRADATIONS`
     # evaluation
     evaluation_questions:int = 12     # test questions that are answered, stratified over tasks and sources (0: all)
     evaluation_batch:int = 8          # questions answered at once

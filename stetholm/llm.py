@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'PATIENCE', 'SYSTEM', 'REWRITE', 'FROM_FACTS', 'WANTED', 'AGAIN', 'UNTOLD', 'Endpoint', 'Replies', 'Chat',
-           'told', 'read_pair', 'rewrite']
+           'facts_told', 'read_pair', 'rewrite']
 
 # %% ../nbs/05e_llm.ipynb #05e-002
 import contextlib
@@ -241,13 +241,15 @@ AGAIN = """That was refused: {faults}. The rules and the facts are as before. Me
 UNTOLD = ("recording_id", "recording_ids", "patient_id", "dataset", "source", "filename", "path")  # keys of the evidence that say where it comes from
 
 # %% ../nbs/05e_llm.ipynb #05e-021
-def told(value):
-    "The facts without `UNTOLD`"
-    if isinstance(value, list): return [told(v) for v in value]
-    return {k: told(v) for k, v in value.items() if k not in UNTOLD} if isinstance(value, dict) else value
+def facts_told(
+    value,  # what a pair's evidence holds: dict, list or scalar
+):          # the same without the keys of `UNTOLD`, at any depth
+    "Facts as a language model is told them: nothing of where they come from"
+    if isinstance(value, list): return [facts_told(v) for v in value]
+    return {k: facts_told(v) for k, v in value.items() if k not in UNTOLD} if isinstance(value, dict) else value
 
 def _opening(row, from_facts):
-    try: facts = json.dumps(told(json.loads(row.evidence)), ensure_ascii=False)
+    try: facts = json.dumps(facts_told(json.loads(row.evidence)), ensure_ascii=False)
     except (TypeError, json.JSONDecodeError): raise StethoError(f"pair {row.pair_id}: its evidence is no JSON: {row.evidence!r}") from None
     form = FROM_FACTS if from_facts else REWRITE
     asked = form.format(task=row.task, facts=facts, question=row.instruction, answer=row.response, wanted=WANTED.get(row.task, "what the question asks for"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import StethoError
-from .llm import Chat, told
+from .llm import Chat, facts_told
 from .reader import faults, is_right
 from .run import device
 
@@ -34,7 +34,7 @@ def bertscore(
     said:list,       # generated answers
     reference:list,  # as many references
 ) -> np.ndarray:     # (n,) F1 in [0, 1]; 0 for an empty answer, which the package cannot take
-    "BERTScore F1 of each answer"
+    "BERTScore F1 of each answer (Zhang et al., ICLR 2020, arXiv 1904.09675). Raises `StethoError` if its encoder is not installed."
     out, full = np.zeros(len(said)), [i for i, s in enumerate(said) if s.strip()]
     if full: out[full] = _scorer().score([said[i] for i in full], [reference[i] for i in full])[2].numpy()
     return out
@@ -66,7 +66,7 @@ def judged(
     attempts:int=3,  # replies without a grade, before it is given up
 ) -> np.ndarray:     # (n,) in [0, 1]
     "The judge's grade of each answer. Raises `StethoError` quoting a reply that holds no grade."
-    talks = [[{"role": "user", "content": JUDGE.format(facts=json.dumps(told(json.loads(e)), ensure_ascii=False), question=q, answer=s)}] for q, s, e in zip(questions, said, evidence, strict=True)]
+    talks = [[{"role": "user", "content": JUDGE.format(facts=json.dumps(facts_told(json.loads(e)), ensure_ascii=False), question=q, answer=s)}] for q, s, e in zip(questions, said, evidence, strict=True)]
     grades, todo = np.full(len(talks), np.nan), list(range(len(talks)))
     for sample in range(attempts):
         if not todo: break
