@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'BLOCKS', 'Objective', 'objective', 'mdpo_loss', 'first_loss', 'counterparts', 'preference_rows',
-           'Degraded', 'PreferenceCollator', 'MDPOTrainer', 'optimise', 'dpo']
+           'Degraded', 'PreferenceCollator', 'block_logps', 'MDPOTrainer', 'optimise', 'dpo']
 
 # %% ../nbs/12_dpo.ipynb #f0df2825
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from .encoder import Features
 from .model import StethoLM, StethoLMProcessor
 from .run import Run, checkpoints, stage
 from .sft import lora
-from .training import Collator, Embedded, Report, last_checkpoint, lean, trainer_settings
+from .training import Collator, Embedded, Report, in_parts, last_checkpoint, lean, trainer_settings
 
 # %% ../nbs/12_dpo.ipynb #dca728ea
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def mdpo_loss(
     o:Objective,                # weights
     lengths:torch.Tensor=None,  # (3, n) tokens of the answers, where the objective is normalised
 ) -> tuple:                     # (scalar loss, rewards (3, n))
-    "Multimodal DPO of a batch of preference pairs"
+    "Multimodal DPO of a batch of preference pairs (Wang et al., arXiv 2406.11839)"
     r = o.beta*(policy - reference)/(lengths if o.normalised else 1)
     terms = F.logsigmoid(r[0] - r[1]) + o.conditional*F.logsigmoid(r[0] - r[2]) + o.anchor*F.logsigmoid(r[0] - o.margin)
     return -terms.mean(), r
@@ -67,15 +67,15 @@ def first_loss(
 
 # %% ../nbs/12_dpo.ipynb #775b13aa
 def counterparts(
-    recording_ids,       # of one pair
-    table:pd.DataFrame,  # recordings, indexed by recording_id
-    rng,                 # random numbers
+    recording_ids:list,       # of one pair
+    table:pd.DataFrame,       # recordings, indexed by recording_id
+    rng:np.random.Generator,  # random numbers
 ) -> list:               # as many recording_ids
     "For each recording one of another patient of the same split and organ: of the other verdict, else with other findings, else any. Raises `StethoError` if there is none."
     out = []
     for i in recording_ids:
         r = table.loc[i]; pool = table[(table.split == r.split) & (table.domain == r.domain) & (table.patient_id != r.patient_id)]
-        if not len(pool): raise StethoError(f"no other patient's {r.domain} recording of split {r.split} to put in place of {i}: choose another --set dpo_degradation=…")
+        if not len(pool): raise StethoError(f"no other patient's {r.domain} recording of split {r.split} to put in place of {i}: without one the audio preference cannot be held against a swap (--set dpo_degradation=… chooses another degradation)")
         other = pool[pool.binary.notna() & (pool.binary != r.binary)] if pd.notna(r.binary) else pool[:0]
         findings = pool.findings.map(str) != str(r.findings)
         out.append(str(rng.choice((other if len(other) else pool[findings] if findings.any() else pool).recording_id)))
@@ -88,7 +88,8 @@ def preference_rows(
     features:Features,            # of the run
     most:int,                     # tokens, prompt and answer
     seed:int,                     # of the choice of other recordings
-) -> Dataset:                     # prompt_ids, chosen_ids, rejected_ids, recording_ids, other_ids, seed
+    degradation:str="swap",       # one of `DEGRADATIONS`; only a swap wants other recordings
+) -> Dataset:                     # prompt_ids, chosen_ids, rejected_ids, recording_ids, other_ids (its own, if nothing is swapped), seed
     "Preference pairs, tokenized. Raises `StethoError` naming the first pair that cannot be learnt from: with an empty answer, two equal ones, a recording that is missing or of a test patient, or too long."
     rows = []
     for n, p in enumerate(pairs[pairs.outcome == "pair"].itertuples() if "outcome" in pairs else pairs.itertuples()):
@@ -100,7 +101,7 @@ def preference_rows(
         prompt = processor.prompt_ids(p.instruction, [features.windows(i) for i in p.recording_ids])
         chosen, rejected = (processor.answer_ids(t) for t in (p.chosen, p.rejected))
         if len(prompt) + max(len(chosen), len(rejected)) > most: refuse(f"is longer than sft_max_tokens={most}: raise the limit with --set sft_max_tokens=…")
-        others = counterparts(p.recording_ids, table, np.random.default_rng([seed, n]))
+        others = counterparts(p.recording_ids, table, np.random.default_rng([seed, n])) if degradation == "swap" else list(p.recording_ids)
         rows.append(dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, recording_ids=list(p.recording_ids), other_ids=others, seed=n))
     return Dataset.from_list(rows)
 
@@ -144,6 +145,13 @@ class PreferenceCollator(Collator):
         return batch
 
 # %% ../nbs/12_dpo.ipynb #b12f6ae1
+def block_logps(
+    model,       # policy or reference
+    batch:dict,  # of `PreferenceCollator`
+) -> torch.Tensor:
+    "(3, n) log-probabilities of a batch's blocks"
+    return torch.stack(model(**{k: v for k, v in batch.items() if k != "reference"}, use_cache=False).sequence_logps.chunk(len(BLOCKS)))
+
 class MDPOTrainer(DPOTrainer):
     "DPOTrainer on rows that are tokenized already, with `mdpo_loss`; the methods it replaces are private to trl, hence the exact pin"
     def __init__(self, *args, objective, part_tokens=0, **kw):
@@ -152,17 +160,12 @@ class MDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, *args, **kw): return dataset
 
-    def logps(self, model, batch):
-        "(3, n) log-probabilities of a batch's blocks"
-        inputs = {k: v for k, v in batch.items() if k != "reference"}
-        return torch.stack(model(**inputs, use_cache=False).sequence_logps.chunk(len(BLOCKS)))
-
     @torch.no_grad()
     def reference_logps(self, batch):
         "(3, n) log-probabilities under the SFT model: the policy with its adapter off"
         model = self.accelerator.unwrap_model(self.model); training = model.training
         model.eval()
-        with model.disable_adapter(), self.accelerator.autocast(): out = self.logps(model, self._prepare_inputs(batch))
+        with model.disable_adapter(), self.accelerator.autocast(): out = block_logps(model, self._prepare_inputs(batch))
         model.train(training)
         return out.cpu()
 
@@ -173,9 +176,7 @@ class MDPOTrainer(DPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "A batch of more than `part_tokens` goes through in parts of whole pairs, each with its three blocks: its loss is a mean over pairs, so the gradient is the same"
-        rows, length = inputs["input_ids"].shape; pairs = rows//len(BLOCKS)
-        most = -(-pairs//-(-rows*length//(self.part_tokens or rows*length)))
-        parts = [range(i, min(i + most, pairs)) for i in range(0, pairs, most)]
+        ids = inputs["input_ids"]; pairs = len(ids)//len(BLOCKS); parts = in_parts(pairs, ids.numel(), self.part_tokens)
         def step(part):
             at, self.share = [b*pairs + i for b in range(len(BLOCKS)) for i in part], len(part)/pairs
             return super(MDPOTrainer, self).training_step(model, {k: v[:, list(part)] if k == "reference" else v[at] for k, v in inputs.items()}, num_items_in_batch)
@@ -185,10 +186,10 @@ class MDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs=False):
         lengths = torch.stack((inputs["labels"] != -100).sum(1).chunk(len(BLOCKS)))
-        loss, r = mdpo_loss(self.logps(model, inputs), inputs["reference"], self.objective, lengths)
+        loss, r = mdpo_loss(block_logps(model, inputs), inputs["reference"], self.objective, lengths)
         log = self._metrics["train" if self.model.training else "eval"]
-        shown = {f"rewards/{k}": v.mean() for k, v in zip(BLOCKS, r)} | {"rewards/accuracy": (r[0] > r[1]).float().mean(), "rewards/audio_accuracy": (r[0] > r[2]).float().mean()}
-        for k, v in shown.items(): log[k].append(self.accelerator.gather(v.detach()).mean().item())
+        shown = {f"rewards/{k}": v for k, v in zip(BLOCKS, r.detach())} | {"rewards/accuracy": (r[0] > r[1]).float(), "rewards/audio_accuracy": (r[0] > r[2]).float()}
+        for k, v in shown.items(): log[k] += self.accelerator.gather_for_metrics(v).tolist()  # a value a pair: batches and parts are not of one size
         return (loss*self.share, None) if return_outputs else loss*self.share
 
     def _save_checkpoint(self, model, trial): super(DPOTrainer, self)._save_checkpoint(model, trial)  # without a model card of trl's
@@ -212,7 +213,7 @@ def optimise(
                                 logging_steps=max(1, p.dpo_steps//12), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", greater_is_better=False, max_length=None, precompute_ref_log_probs=True, disable_dropout=True)
     first = collator([rows[i] for i in range(min(len(rows), p.dpo_batch))])
-    with torch.no_grad(), torch.autocast(lm.model.device.type, torch.bfloat16, enabled=settings["bf16"]): before = torch.stack(lm.model(**{k: v.to(lm.model.device) for k, v in first.items()}, use_cache=False).sequence_logps.chunk(len(BLOCKS))).cpu()
+    with torch.no_grad(), torch.autocast(lm.model.device.type, torch.bfloat16, enabled=settings["bf16"]): before = block_logps(lm.model, {k: v.to(lm.model.device) for k, v in first.items()}).cpu()
     trainer = MDPOTrainer(model=lm.model, args=DPOConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator, objective=o, part_tokens=p.sft_part_tokens,
                           peft_config=lora(p, ["projector"]), callbacks=[Report(), *callbacks])
     trainer.remove_callback(PrinterCallback); lean(trainer.model)
@@ -232,7 +233,7 @@ def dpo(
 ) -> pd.DataFrame:  # log: step, losses, rewards
     "Stage 5b: preference training from the SFT model"
     p, lm, features, table, pairs = run.profile, load_model(run, "sft"), Features(run/"features"), load_recordings(run), pd.read_parquet(run/"pairs.parquet")
-    rows, watched = (preference_rows(pairs[pairs.split == s], table, lm.processor, features, p.sft_max_tokens, p.seed) for s in ("train", "val"))
+    rows, watched = (preference_rows(pairs[pairs.split == s], table, lm.processor, features, p.sft_max_tokens, p.seed, p.dpo_degradation) for s in ("train", "val"))
     trained, log = optimise(lm, rows, watched, features, p, checkpoints(run, "dpo"))
     with write_whole(run/"dpo") as tmp: StethoLM(trained.merge_and_unload(), lm.processor).save_pretrained(tmp)
     note_training(run, "dpo", (i for r in rows for i in [*r["recording_ids"], *r["other_ids"]]))

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
+from stetholm import dpo
 from stetholm.config import StethoError
-from stetholm.dpo import BLOCKS, OBJECTIVES, Degraded, MDPOTrainer, PreferenceCollator, counterparts, first_loss, mdpo_loss, optimise, preference_rows
+from stetholm.dpo import OBJECTIVES, Degraded, MDPOTrainer, PreferenceCollator, block_logps, counterparts, first_loss, mdpo_loss, optimise, preference_rows
 from stetholm.preferences import rank, score_candidates
 from test_training import same, train, trained
 from train_tiny import P, Noises, build, preferred
@@ -33,7 +34,7 @@ def test_fault_02_the_best_answer_is_chosen_and_the_trainer_sees_it(toy, tmp_pat
     ranked = pairs[["pair_id", "instruction", "recording_ids"]].merge(rank(said, {"facts": 1.}, .1), on="pair_id")
     rows, seen = preference_rows(ranked, table, lm.processor, Noises(), 200, 0), []
     decode = lambda labels: lm.processor.tokenizer.decode([t for t in labels.tolist() if t != -100], skip_special_tokens=True)
-    monkeypatch.setattr(MDPOTrainer, "logps", lambda self, model, batch, was=MDPOTrainer.logps: seen.append([decode(x) for x in batch["labels"]]) or was(self, model, batch))
+    monkeypatch.setattr(dpo, "block_logps", lambda model, batch, was=block_logps: seen.append([decode(x) for x in batch["labels"]]) or was(model, batch))
     optimise(lm, rows, rows.select(range(4)), Noises(), Q, tmp_path)
     taught = {a for batch in seen for a in zip(*np.split(np.array(batch), 3))}
     assert taught <= {(f"best {i}", f"worst {i}", f"best {i}") for i in pairs.pair_id} and len(taught) == len(pairs)
@@ -64,7 +65,7 @@ def test_fault_12_only_the_third_block_hears_worse_and_the_same_sound_leaves_no_
         batch = blocks(worse)
         heard = batch["input_features"].chunk(3)
         assert torch.equal(heard[0], heard[1]) and torch.equal(heard[0], heard[2]) == equal
-        with torch.no_grad(): policy = torch.stack(lm.model(**batch).sequence_logps.chunk(3))
+        with torch.no_grad(): policy = block_logps(lm.model, batch)
         r = mdpo_loss(policy, torch.zeros_like(policy), OBJECTIVES["mdpo"])[1]
         assert ((r[0] - r[2]).abs().max() < 1e-6) == equal
 
@@ -74,7 +75,7 @@ def test_swapping_chosen_and_rejected_turns_the_response_term_round(toy):
     turned = preference_rows(pairs.assign(chosen=pairs.rejected, rejected=pairs.chosen), table, lm.processor, Noises(), 200, 0)
     lm.model.eval()
     def margin(rows):
-        with torch.no_grad(): p = torch.stack(lm.model(**PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), "silence"))([rows[i] for i in range(4)])).sequence_logps.chunk(3))
+        with torch.no_grad(): p = block_logps(lm.model, PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), "silence"))([rows[i] for i in range(4)]))
         r = mdpo_loss(p, torch.zeros_like(p), OBJECTIVES["dpo"])[1]
         return r[0] - r[1]
     torch.testing.assert_close(margin(rows), -margin(turned), atol=1e-5, rtol=1e-5)
@@ -112,7 +113,7 @@ def test_fault_12_validation_pairs_choose_the_checkpoint(toy, tmp_path):
     model, log = optimise(lm, rows, watched, Noises(), replace(Q, dpo_steps=9, dpo_objective="dpo"), tmp_path)
     losses, batch = log.eval_loss.dropna().tolist(), PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(watched))
     assert min(losses) < losses[-1], "the more is learnt, the worse for pairs the other way round"
-    def logps(): return torch.stack(model.eval()(**batch).sequence_logps.chunk(len(BLOCKS))).detach()
+    def logps(): return block_logps(model.eval(), batch).detach()
     with model.disable_adapter(): reference = logps()
     assert math.isclose(mdpo_loss(logps(), reference, OBJECTIVES["dpo"])[0], min(losses), rel_tol=1e-4)
 
@@ -165,6 +166,27 @@ def test_a_counterpart_is_another_patient_s_with_another_finding():
     assert {counterparts(["a"], table, rng)[0] for _ in range(20)} == {"d"}, "no normal one of another patient in training: the one with another finding"
     assert {counterparts(["b"], table, rng)[0] for _ in range(20)} == {"c", "d"}
     with pytest.raises(StethoError, match="no other patient's heart recording of split train to put in place of f"): counterparts(["f"], table, rng)
+
+
+def test_only_a_swap_wants_other_patients(toy):
+    lm, pairs, table, _ = toy
+    alone = table.assign(patient_id="p0")
+    with pytest.raises(StethoError, match="no other patient's lung recording"): preference_rows(pairs, alone, lm.processor, Noises(), 200, 0)
+    rows = preference_rows(pairs, alone, lm.processor, Noises(), 200, 0, "silence")
+    assert rows["other_ids"] == rows["recording_ids"] == pairs.recording_ids.tolist()
+
+
+def test_rewards_are_means_over_pairs_and_not_over_batches(toy, tmp_path):
+    lm, _, _, rows = toy
+    watched = rows.select(range(5))  # batches of four and one
+    model, log = optimise(lm, rows, watched, Noises(), Q, tmp_path)
+    batch = PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(watched))
+    with torch.no_grad():
+        policy = block_logps(model.eval(), batch)
+        with model.disable_adapter(): reference = block_logps(model, batch)
+    r, best = mdpo_loss(policy, reference, OBJECTIVES["paper"])[1], log.loc[log.eval_loss.idxmin()]
+    assert math.isclose(best["eval_rewards/chosen"], r[0].mean(), abs_tol=1e-4) and not math.isclose(r[0].mean(), (r[0, :4].mean() + r[0, 4])/2, abs_tol=1e-3)
+    assert math.isclose(best["eval_rewards/accuracy"], (r[0] > r[1]).float().mean(), abs_tol=1e-6)
 
 
 def test_an_unknown_degradation_is_refused():
