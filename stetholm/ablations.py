@@ -47,7 +47,8 @@ VARIANTS = {
 }
 
 def variant_run(
-    name:str,             # a key of `VARIANTS`
+    name:str,             # of the variant
+    change:dict,          # profile fields that are changed in it
     profile:str,          # smoke, mini or paper
     run:str=None,         # what the runs' names begin with
     recordings:str=None,  # folder or table of real recordings
@@ -56,7 +57,7 @@ def variant_run(
     "The run of a variant"
     base = open_run(profile, run, recordings, overrides)
     slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    return open_run(profile, f"{base.name}--{slug}", recordings, (overrides or {}) | VARIANTS[name])
+    return open_run(profile, f"{base.name}--{slug}", recordings, (overrides or {}) | change)
 
 # %% ../nbs/14c_ablations.ipynb #0c66b4ed
 def _link(source, target):
@@ -133,7 +134,7 @@ def ablate(
     names = list(only or VARIANTS)
     for n in names:
         if n not in VARIANTS: raise StethoError(f"unknown variant {n!r}: choose among {', '.join(VARIANTS)}")
-    runs, rows = {n: variant_run(n, profile, run, recordings, overrides) for n in names}, []
+    runs, rows = {n: variant_run(n, VARIANTS[n], profile, run, recordings, overrides) for n in names}, []
     for i, (name, this) in enumerate(runs.items(), 1):
         note, key = this/"ablation.json", ablation_key(this)
         if not note.is_file() or read_json(note)["key"] != key:
