@@ -17,14 +17,13 @@ from pathlib import Path
 import pandas as pd
 
 from .alignment import alignment, encoder_key
+from .answering import choose_questions, heard_by, predict, predict_verdicts
 from .audit import audit, load_recordings
 from .config import STAGES, StethoError, read_json, write_json, write_whole
-from .encoder import Features, embed_frames
-from .evaluation import choose_questions, predict, predict_verdicts
+from .encoder import Features
 from .instructions import instructions, load_pairs
-from .intervals import score_verdicts, with_interval
-from .reader import is_right
 from .run import Run, is_current, open_run, set_seed, stage_key
+from .scores import answer_draws, complete, labelled, scores_of, verdict_draws
 from .sft import fine_tune
 
 # %% ../nbs/14c_ablations.ipynb #52c04b48
@@ -106,19 +105,17 @@ def measure_variant(
     set_seed(p.seed)
     lm, log = fine_tune(run)
     test, asked = table[table.split == "test"], load_pairs(run, "test")
-    heard = {i: x.flatten(1) for i, x in embed_frames(lm.model.model.audio_encoder, features, list(test.recording_id)).items()}
-    asked = choose_questions(asked, p.evaluation_questions, p.seed)
+    heard, asked = heard_by(lm.model.model.audio_encoder, features, test.recording_id), choose_questions(asked, p.evaluation_questions, p.seed)
     verdicts = pd.concat([predict_verdicts(lm, "sft", test[test.binary.notna()], heard, p.evaluation_batch), pd.read_parquet(run/"hearing.parquet").query("model == 'encoder probe'")])
-    scores = score_verdicts(verdicts, table, p.evaluation_bootstrap, p.seed)
     said = pd.DataFrame(predict(lm, "sft", asked, heard, p)).merge(asked, on="pair_id")
-    right = pd.Series([float(is_right(g, e, t)) for g, e, t in zip(said.generated, said.evidence, said.task)], said.index)
+    found = scores_of(verdict_draws(labelled(verdicts, table), p.evaluation_bootstrap, p.seed) | answer_draws(complete(said)[0], p.evaluation_bootstrap, p.seed))
     row = {"val_loss": float(log.eval_loss.min())}
-    for model, name in (("encoder probe", "probe"), ("sft", "sft")):
-        for distribution in ("in_domain", "ood"):
-            s = scores[(scores.model == model) & (scores.distribution == distribution) & (scores.dataset == "all")]
-            row |= {f"{name}_auroc_{distribution}_{k}": float(s[k].iloc[0]) if len(s) else None for k in ("value", "lo", "hi")}
-    inside = said.distribution == "in_domain"
-    row |= {f"accuracy_in_domain_{k}": v for k, v in with_interval(right[inside].to_numpy(), said.patient_id[inside].to_numpy(), p.evaluation_bootstrap, p.seed).items() if k in ("value", "lo", "hi")}
+    def take(name, model, task, metric, distribution):
+        s = found[(found.model == model) & (found.task == task) & (found.dataset == "all") & (found.metric == metric) & (found.distribution == distribution)]
+        row.update({f"{name}_{distribution}_{k}": float(s[k].iloc[0]) if len(s) else None for k in ("value", "lo", "hi")})
+    for distribution in ("in_domain", "ood"):
+        for name, model in (("probe_auroc", "encoder probe"), ("sft_auroc", "sft")): take(name, model, "P(abnormal)", "AUROC", distribution)
+    take("accuracy", "sft", "all", "clinical accuracy", "in_domain")
     return row | {"seconds": time.perf_counter() - begun}
 
 # %% ../nbs/14c_ablations.ipynb #d11774ce
