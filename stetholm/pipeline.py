@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data', 'ENVIRONMENT', 'SECONDS', 'ProfileName', 'RealRecordings', 'InEveryVariant', 'OnlyVariants',
            'TableFile', 'main', 'reproduce', 'stages', 'ablate', 'publish', 'objectives', 'ask', 'newest_model',
-           'data_list', 'data_fetch', 'data_scan', 'data_join', 'data_audit', 'synthesize', 'evaluate', 'score']
+           'data_list', 'data_fetch', 'data_scan', 'data_join', 'data_audit', 'synthesize', 'evaluate', 'answer',
+           'score']
 
 # %% ../nbs/15_pipeline.ipynb #15-002
 import importlib
@@ -397,31 +398,84 @@ def evaluate(
     changes: Annotated[Optional[List[str]], typer.Option("--set", help="evaluation_…=value")] = None,
 ):
     "Answer and score the test questions again with a run's trained models"
-    folder = runs_folder()/run
-    if not (folder/"run.json").is_file(): raise StethoError(f"no run {run!r} in {runs_folder()}")
-    note = read_json(folder/"run.json")
-    kept = {k: v for k, v in note["profile"].items() if k != "name"}
     for k in (new := _overrides(changes)):
         if not k.startswith("evaluation_"): raise StethoError(f"evaluate changes evaluation_… fields only, not {k!r}")
-    this = open_run(note["profile"]["name"], run, note["recordings_path"], kept | new)
+    this = _opened(run, new)
     _quiet()
-    from stetholm.evaluation import evaluation
+    from accelerate import PartialState
+    from stetholm.evaluation import answers_of, ask_models, evaluation, questions_of
+    state = PartialState()
+    if state.num_processes > 1:  # each answers its share; the first then finds all answers there
+        asked = questions_of(this); ask_models(this, asked, asked.head(0), answers_of(this)); state.wait_for_everyone()
+        if not state.is_main_process: return
     _print_scores(evaluation(this))
 
 @app.command()
-def score(
-    predictions: Annotated[str, typer.Argument(help="predictions.jsonl of a run")],
-    out: Annotated[Optional[str], typer.Option("-o", help="csv to write with every score")] = None,
+def answer(
+    model: Annotated[str, typer.Argument(help="a Hugging Face audio language model of the Qwen2-Audio kind: its name, or a folder")],
+    run: Annotated[str, typer.Option(help="run whose test questions it answers")],
+    out: Annotated[str, typer.Option("-o", help="file to write")] = "answers.jsonl",
+    batch: Annotated[int, typer.Option(help="questions at once")] = 8,
+    cut: Annotated[bool, typer.Option("--cut", help="hear the first 30 s of a longer recording, and say so, instead of refusing it")] = False,
 ):
-    "Score answers from their file"
+    "Ask another audio language model a run's test questions"
+    this = _opened(run)
     _quiet()
-    from stetholm.evaluation import read_predictions, score_predictions
-    scores = score_predictions(read_predictions(predictions))
-    if out:
-        with write_whole(Path(out)) as tmp: scores.to_csv(tmp, index=False)
-    _print_scores(scores)
+    from stetholm.audit import load_recordings
+    from stetholm.evaluation import questions_of
+    from stetholm.others import AudioLM
+    asked, lm = questions_of(this), AudioLM.from_pretrained(model)
+    rows = lm.answers(asked, load_recordings(this), batch, this.profile.evaluation_max_tokens, cut)
+    with write_whole(Path(out)) as tmp: tmp.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in rows))
+    print(f"{len(rows)} answers in {out}; next: stetholm score {out} --questions {this/'predictions.jsonl'}")
+
+def _opened(run, changes=None):
+    "A run as it was made, with some of its fields changed"
+    folder = runs_folder()/run
+    if not (folder/"run.json").is_file(): raise StethoError(f"no run {run!r} in {runs_folder()}")
+    note = read_json(folder/"run.json")
+    return open_run(note["profile"]["name"], run, note["recordings_path"], {k: v for k, v in note["profile"].items() if k != "name"} | (changes or {}))
+
+@app.command()
+def score(
+    predictions: Annotated[str, typer.Argument(help="answers: predictions.jsonl of a run, or lines of pair_id and generated; .gz too")],
+    questions: Annotated[Optional[str], typer.Option(help="what was asked, where the answers do not say it: stethobench.parquet, or predictions.jsonl of a run")] = None,
+    verdicts: Annotated[Optional[str], typer.Option(help="verdicts.csv of a run: P(abnormal) is scored too")] = None,
+    out: Annotated[Optional[str], typer.Option("-o", help="csv to write with every score")] = None,
+    differences: Annotated[Optional[str], typer.Option(help="csv to write with every system less every other one, paired, with p-values")] = None,
+    bertscore: Annotated[str, typer.Option(help="its encoder: minilm, or roberta-large where its weights are")] = "minilm",
+    endpoint: Annotated[Optional[str], typer.Option(help="OpenAI-compatible address of a model that grades the answers too; its key is read from $STETHOLM_API_KEY")] = None,
+    model: Annotated[str, typer.Option(help="its name there")] = "",
+    resamples: Annotated[int, typer.Option(help="of the bootstrap over patients")] = 2000,
+    seed: Annotated[int, typer.Option(help="of its draws")] = 0,
+):
+    "Score answers from their file, without the model that gave them"
+    import itertools
+    import pandas as pd
+    from stetholm.scores import agreement, answer_draws, complete, differences_of, judge_twice, read_lines, scores_of, verdict_draws
+    if bool(endpoint) != bool(model): raise StethoError("a judge is asked with --endpoint and --model together")
+    if verdicts and not Path(verdicts).is_file(): raise StethoError(f"no verdicts at {verdicts}")
+    asked = None
+    if questions: asked = pd.read_parquet(questions).query("split == 'test'") if questions.endswith(".parquet") else read_lines(questions)
+    answers, handled = complete(read_lines(predictions), asked, Path(predictions).name.split(".")[0])
+    drawn = answer_draws(answers, resamples, seed, bertscore)
+    if verdicts: drawn |= verdict_draws(pd.read_csv(verdicts), resamples, seed)
+    scores, systems = scores_of(drawn), list(answers.model.unique())
+    for file, make in ((out, lambda: scores), (differences, lambda: differences_of(drawn, list(itertools.permutations(systems, 2))))):
+        if not file: continue
+        with write_whole(Path(file)) as tmp: make().round(6).to_csv(tmp, index=False)
+    _print_scores(scores); print(handled)
+    if endpoint:
+        _quiet()
+        from stetholm.llm import Chat, Endpoint
+        graded = judge_twice(answers, Chat(Endpoint(endpoint, model, temperature=0.), cache_folder()/"replies.sqlite"))
+        print(agreement(graded).round(3).to_string(index=False))
 
 def _print_scores(scores):
-    for s in scores[scores.dataset == "all"].itertuples():
+    "The overall scores of every system, a metric a line"
+    from stetholm.scores import MEAN, OVER
+    head = scores[scores.dataset.isin(["all", MEAN]) & scores.task.isin(["all", OVER, "P(abnormal)", "safety"])]
+    for s in head.itertuples():
         interval = "" if s.lo != s.lo else f" [{s.lo:.3f}, {s.hi:.3f}]"
-        print(f"{s.model:24} {s.distribution:10} {s.task:15} {s.metric:46} {s.value:.3f}{interval}  n={s.n}, patients={s.n_patients}")
+        over = f"{s.task}, {s.dataset}" if s.dataset != "all" else s.task
+        print(f"{s.model:24} {s.distribution:10} {over:28} {s.metric:46} {s.value:.3f}{interval}  n={s.n}, patients={s.n_patients}")

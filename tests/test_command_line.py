@@ -11,6 +11,7 @@ import soundfile
 
 from stetholm.config import STAGES
 from stetholm.phantom import make_phantom
+from stetholm.scores import KEY, LOWER, MEAN
 from stetholm.sources import SOURCES
 
 STEREO, LONG = "stereo.wav", "long.wav"
@@ -51,7 +52,7 @@ def test_help_names_every_command_within_half_a_second(stetholm):
     assert min(seconds for seconds, _ in tries) < .5
 
 
-@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data join", "data audit", "synthesize", "evaluate", "score", "ablate", "objectives", "publish"])
+@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data join", "data audit", "synthesize", "evaluate", "answer", "score", "ablate", "objectives", "publish"])
 def test_every_command_has_help(stetholm, command):
     done = stetholm(*command.split(), "--help")
     assert done.returncode == 0 and f"stetholm {command}" in done.stdout and not done.stderr
@@ -92,6 +93,9 @@ WRONG = {
     "synthesize into a csv": ("synthesize nowhere.parquet -o pairs.csv", "pairs.csv"),
     "no table to synthesize": ("synthesize nowhere.parquet", "nowhere.parquet"),
     "no predictions": ("score nowhere.jsonl", "nowhere.jsonl"),
+    "no verdicts": ("score nowhere.jsonl --verdicts nowhere.csv", "nowhere.csv"),
+    "a judge without a name": ("score nowhere.jsonl --endpoint http://localhost", "--model"),
+    "no run to answer for": ("answer Qwen/Qwen2-Audio-7B-Instruct --run nowhere", "nowhere"),
     "no run to evaluate": ("evaluate --run nowhere", "nowhere"),
     "no run to publish": ("publish --run nowhere", "nowhere"),
     "no trained model": ("ask clip.wav what?", "no trained model"),
@@ -183,15 +187,16 @@ def test_scan_names_the_row_of_a_faulty_file(stetholm, pack):
 # scores
 
 def test_score_repeats_the_scores_of_the_run(stetholm, smoke_run):
-    done = stetholm("score", smoke_run.folder/"predictions.jsonl", "-o", "scores.csv")
+    folder = smoke_run.folder
+    done = stetholm("score", folder/"predictions.jsonl", "--verdicts", folder/"verdicts.csv", "-o", "scores.csv", "--differences", "differences.csv", "--resamples", "200")
     assert done.returncode == 0 and done.stderr == ""
-    key = ["model", "distribution", "task", "dataset"]
-    again, was = (t[t.metric == "clinical accuracy"].set_index(key).sort_index()[["value", "n", "n_patients"]]
-                  for t in (pd.read_csv(stetholm.cwd/"scores.csv"), pd.read_parquet(smoke_run.folder/"scores.parquet")))
-    pd.testing.assert_frame_equal(again, was, check_dtype=False)  # the run's table counts patients as floats: its probes have none
+    again, was = (t.set_index(KEY).sort_index() for t in (pd.read_csv(stetholm.cwd/"scores.csv"), pd.read_parquet(folder/"scores.parquet")))
+    pd.testing.assert_frame_equal(again, was, check_dtype=False, atol=1e-5)
     for model in ("text_only", "sft", "dpo"):
-        value = was.value[model, "ood", "all", "all"]
-        assert [f"{value:.3f}" in line for line in done.stdout.splitlines() if line.split()[:2] == [model, "ood"] and " all  " in line and "clinical accuracy" in line] == [True]
+        value = was.value[model, "all", "all", "ood", "clinical accuracy"]
+        assert [f"{value:.3f}" in line for line in done.stdout.splitlines() if line.split()[:3] == [model, "ood", "all"] and "clinical accuracy" in line and MEAN not in line] == [True]
+    apart = pd.read_csv(stetholm.cwd/"differences.csv").set_index(["first", "second", *KEY[1:]])
+    assert np.isclose(apart.value["prior", "dpo", "all", "all", "ood", "clinical accuracy"], was.value["dpo", "all", "all", "ood", "clinical accuracy"] - was.value["prior", "all", "all", "ood", "clinical accuracy"], atol=1e-5)
 
 
 def test_score_gives_full_marks_to_the_references(stetholm, smoke_run):
@@ -199,14 +204,26 @@ def test_score_gives_full_marks_to_the_references(stetholm, smoke_run):
     rows[rows.model == "dpo"].assign(generated=rows.response).to_json(stetholm.cwd/"right.jsonl", orient="records", lines=True)
     done = stetholm("score", "right.jsonl", "-o", "scores.csv")
     assert done.returncode == 0, done.stderr
-    scores = pd.read_csv(stetholm.cwd/"scores.csv")
-    assert scores.value.gt(.999).all() and set(scores.model) == {"dpo"} and set(scores.distribution) == {"in_domain", "ood"}
+    scores = pd.read_csv(stetholm.cwd/"scores.csv"); less = scores.metric.isin(LOWER)
+    assert scores[~less].value.gt(.999).all() and scores[less].value.eq(0).all() and less.any() and set(scores.model) == {"dpo"} and set(scores.distribution) == {"in_domain", "ood"}
     assert set(scores[scores.metric == "clinical accuracy"].value) == {1}
+
+
+def test_score_takes_another_system_s_answers_and_counts_what_is_odd(stetholm, smoke_run):
+    asked = pd.read_json(smoke_run.folder/"predictions.jsonl", lines=True).drop_duplicates("pair_id")
+    lines = [{"pair_id": i, "generated": "Normal."} for i in asked.pair_id[1:]]
+    (stetholm.cwd/"always_normal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*lines, lines[0], {"pair_id": "elsewhere", "generated": ""}]))
+    done = stetholm("score", "always_normal.jsonl", "--questions", smoke_run.folder/"predictions.jsonl", "-o", "scores.csv")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(asked)} answers; 1 missing; 1 duplicated; 1 unknown" in done.stdout
+    scores = pd.read_csv(stetholm.cwd/"scores.csv").set_index(KEY)
+    assert scores.n.xs(("always_normal", "all", "all"), level=KEY[:3]).xs("clinical accuracy", level="metric").sum() == (asked.task != "safety").sum()
+    assert (scores.value.xs("findings recall", level="metric") == 0).all()
 
 
 BAD_PREDICTIONS = {
     "broken line": (lambda rows: [json.dumps(rows[0]), json.dumps(rows[1])[:-20]], "bad.jsonl line 2 is not valid JSON"),
-    "no column": (lambda rows: [json.dumps({k: v for k, v in r.items() if k != "evidence"}) for r in rows], "predictions lack evidence"),
+    "no column": (lambda rows: [json.dumps({k: v for k, v in r.items() if k != "evidence"}) for r in rows], "the questions lack evidence"),
     "unknown task": (lambda rows: [json.dumps(r | {"task": "prognosis"}) for r in rows], "prognosis"),
     "no lines": (lambda rows: [], "bad.jsonl holds no predictions"),
 }
