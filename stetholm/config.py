@@ -176,7 +176,7 @@ STAGES = {s.name: s for s in [
     Stage("preferences", "11_preferences", ("sft",), ("pairs.parquet", "trained_on/preferences.json"), "sampled answers, ranked into preference pairs"),
     Stage("dpo", "12_dpo", ("preferences",), ("dpo", "dpo.parquet", "trained_on/dpo.json"), "multimodal direct preference optimisation"),
     Stage("evaluation", "13_evaluation", ("dpo",), ("predictions.jsonl", "verdicts.csv", "scores.parquet", "differences.parquet", "robustness.parquet", "metrics.json"), "answers and scores in and out of distribution"),
-    Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures",), "every figure and table of the study"),
+    Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures", "report.html"), "every figure and table of the study"),
 ]}
 MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "opera", "model", "backbones", "training",
            "alignment", "sft", "scoring", "preferences", "dpo", "clinical", "scores", "reliability", "others", "answering", "robustness", "evaluation", "model_card", "drawings", "report", "figures", "footprint", "benchmark", "ablations", "objectives", "pipeline")
