@@ -208,11 +208,11 @@ def answers(
     run:Run,      # stage `evaluation` is done
     folder:Path,  # where they go
 ):
-    "Predictions (without how long each took), verdicts and all scores, as `stetholm score` reads and writes them"
+    "Predictions (without how long each took), verdicts, all scores and differences, as `stetholm score` reads and writes them"
     lines = read_lines(run/"predictions.jsonl").drop(columns=["seconds", "filename", "engine", "template"], errors="ignore").to_json(orient="records", lines=True, force_ascii=False)
     with write_whole(folder/"predictions.jsonl.gz") as tmp: tmp.write_bytes(gzip.compress(lines.encode(), mtime=0))
     shutil.copy(run/"verdicts.csv", folder/"verdicts.csv")
-    pd.read_parquet(run/"scores.parquet").round(4).to_csv(folder/"scores.csv", index=False)
+    for name in ("scores", "differences"): pd.read_parquet(run/f"{name}.parquet").round(4).to_csv(folder/f"{name}.csv", index=False)
 
 @stage("figures")
 def figures(
