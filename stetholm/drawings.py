@@ -21,11 +21,10 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.text import Text
 
 from .config import STAGES, StethoError
-from .evaluation import CONTROLS, SYSTEMS
 from .grammar import TASKS
-from .intervals import MEAN
 from .probes import HEARING
 from .run import Run
+from .scores import CONTROLS, MEAN, OVER, SYSTEMS
 
 # %% ../nbs/13b_drawings.ipynb #13b-005
 PALETTE = sns.color_palette("colorblind")
@@ -35,9 +34,9 @@ LOOKS = list(zip([PALETTE[i] for i in (0, 3, 2, 7, 4, 5, 1, 8, 6, 9)]*2, "oD^vPs
 
 def looks(
     models,             # names as in the table
-    systems:dict=None,  # name to label; None: those of `evaluation`
+    systems:dict=None,  # name to label; None: those of `scores`
 ) -> dict:              # name to label, color, marker, ls and hatch
-    "How each system is drawn, which does not depend on what else is in the table as long as `evaluation` or `probes` knows it"
+    "How each system is drawn, which does not depend on what else is in the table as long as `scores` or `probes` knows it"
     known, names = list(dict.fromkeys(["sft", "dpo", HEARING[0], "text_only", *CONTROLS, *HEARING, *models])), systems or SYSTEMS | CONTROLS
     return {m: dict(zip(("color", "marker", "ls", "hatch"), LOOKS[known.index(m) % len(LOOKS)]), label=names.get(m, m)) for m in dict.fromkeys(models)}
 
@@ -288,7 +287,7 @@ def draw_tasks(
     note:str="",          # after the title
 ) -> Figure:
     "Every task's score of every system, in percent, in and out of distribution; n: questions"
-    order = [*(t for t in TASKS if t != "safety"), "mean of tasks", "all", "safety"]; room = len(systems) < 7
+    order = [*(t for t in TASKS if t != "safety"), OVER, "all", "safety"]; room = len(systems) < 7
     s = scores[(scores.dataset == "all") & (scores.metric == metric) & scores.task.isin(order) & scores.model.isin(systems)]
     fig, axes = plt.subplots(2, 1, figsize=(9.5, 6.9), sharex=True, layout="constrained")
     for ax, (d, place) in zip(axes, PLACES.items()):
@@ -296,7 +295,7 @@ def draw_tasks(
         said = g.assign(said=[f"{100*v:.0f}" + (f"  [{100*l:.0f}, {100*h:.0f}]" if room and l == l else "") for v, l, h in zip(g.value, g.lo, g.hi)])
         wide, said = (t.pivot(index="task", columns="model", values=c).reindex(index=order, columns=list(systems)) for t, c in ((g, "value"), (said, "said")))
         sns.heatmap(100*wide, annot=said.fillna(""), fmt="", cmap="viridis", vmin=0, vmax=100, cbar=False, linewidths=.6, linecolor="white", ax=ax, annot_kws=dict(fontsize=8.4))
-        for y in (order.index("mean of tasks"), order.index("safety")): ax.axhline(y, color="white", lw=5); ax.axhline(y, color="black", lw=1)
+        for y in (order.index(OVER), order.index("safety")): ax.axhline(y, color="white", lw=5); ax.axhline(y, color="black", lw=1)
         ax.set(title=place["label"].capitalize(), xlabel="", ylabel="", facecolor=".9"); ax.tick_params(length=0)
         ax.set_yticks(np.arange(len(order)) + .5, [f"{t} (n = {n[t]})" if t in n else t for t in order], rotation=0)
         ax.set_xticks(np.arange(len(systems)) + .5, [textwrap.fill(l, 18 if room else 10) for l in systems.values()], rotation=0, fontsize=7.6)
@@ -333,7 +332,7 @@ def draw_change(
     "Clinical accuracy of each task and AUROC of `second` less that of `first`, in and out of distribution"
     d, accuracy, name = differences[(differences["first"] == first) & (differences.second == second)], "clinical accuracy", SYSTEMS | CONTROLS
     d = pd.concat([d[(d.metric == accuracy) & (d.dataset == "all")], d[(d.metric == "AUROC") & (d.dataset == MEAN)].assign(task=MEAN)])
-    pairs = [(m, t) for m, ts in ((accuracy, [*TASKS, "mean of tasks", "all"]), ("AUROC", [MEAN])) for t in ts if ((d.metric == m) & (d.task == t)).any()]
+    pairs = [(m, t) for m, ts in ((accuracy, [*TASKS, OVER, "all"]), ("AUROC", [MEAN])) for t in ts if ((d.metric == m) & (d.task == t)).any()]
     fig, ax = plt.subplots(figsize=(9.5, _height(pairs) + .2), layout="constrained"); at = _listing(ax, pairs)
     for k, (place, look) in enumerate(PLACES.items()):
         g = d[(d.distribution == place) & np.array([p in at for p in zip(d.metric, d.task)])]; ys = [at[p] for p in zip(g.metric, g.task)]
