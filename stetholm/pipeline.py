@@ -392,6 +392,7 @@ def _rewritten(pairs, endpoint, model, per_minute, prices):
     for fault, n in refused.head(8).items(): print(f"refused {n} times: {fault}")
     return pairs
 
+# %% ../nbs/15_pipeline.ipynb #44fa416d
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Option(help="run folder's name")],
@@ -409,6 +410,13 @@ def evaluate(
         asked = questions_of(this); ask_models(this, asked, asked.head(0), answers_of(this)); state.wait_for_everyone()
         if not state.is_main_process: return
     _print_scores(evaluation(this))
+
+def _opened(run, changes=None):
+    "A run as it was made, with some of its fields changed"
+    folder = runs_folder()/run
+    if not (folder/"run.json").is_file(): raise StethoError(f"no run {run!r} in {runs_folder()}")
+    note = read_json(folder/"run.json")
+    return open_run(note["profile"]["name"], run, note["recordings_path"], {k: v for k, v in note["profile"].items() if k != "name"} | (changes or {}))
 
 @app.command()
 def answer(
@@ -429,13 +437,7 @@ def answer(
     with write_whole(Path(out)) as tmp: tmp.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in rows))
     print(f"{len(rows)} answers in {out}; next: stetholm score {out} --questions {this/'predictions.jsonl'}")
 
-def _opened(run, changes=None):
-    "A run as it was made, with some of its fields changed"
-    folder = runs_folder()/run
-    if not (folder/"run.json").is_file(): raise StethoError(f"no run {run!r} in {runs_folder()}")
-    note = read_json(folder/"run.json")
-    return open_run(note["profile"]["name"], run, note["recordings_path"], {k: v for k, v in note["profile"].items() if k != "name"} | (changes or {}))
-
+# %% ../nbs/15_pipeline.ipynb #49d306aa
 @app.command()
 def score(
     predictions: Annotated[str, typer.Argument(help="answers: predictions.jsonl of a run, or lines of pair_id and generated; .gz too")],
