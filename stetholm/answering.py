@@ -72,18 +72,19 @@ def predict(
 ) -> list:               # one row a question that this process, or another before, has answered: pair_id, model, generated, seconds
     "The system's answers: greedy, or by beams; batched, left-padded, none dropped"
     from accelerate import PartialState
-    state, size = PartialState(), profile.evaluation_batch
-    order = pairs.assign(n=pairs.instruction.str.len()).sort_values(["n", "pair_id"])
+    state, size, sounds = PartialState(), profile.evaluation_batch, heard or {}
+    alike = pairs.assign(n=pairs.instruction.str.len(), key=[(q, *(id(sounds[i]) for i in r if heard is not None)) for q, r in zip(pairs.instruction, pairs.recording_ids)]).sort_values(["n", "pair_id"])
+    order, ids = alike.drop_duplicates("key"), alike.groupby("key").pair_id.agg(list)
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     rows = kept.rows(name) if kept else []; done = {r["pair_id"] for r in rows}
     for start in list(range(0, len(order), size))[state.process_index::state.num_processes]:
-        part = order.iloc[start:start + size]
-        if done.issuperset(part.pair_id): continue
+        part = order.iloc[start:start + size]; asked = [i for k in part.key for i in ids[k]]
+        if done.issuperset(asked): continue
         begun = time.perf_counter()
-        audio = [[heard[i] for i in r] if heard is not None else [] for r in part.recording_ids]
+        audio = [[sounds[i] for i in r] if heard is not None else [] for r in part.recording_ids]
         said = answer(lm.model, lm.processor, lm.processor(list(part.instruction), audio), profile.evaluation_max_tokens, **decoding)
-        seconds = round((time.perf_counter() - begun)/len(part), 3)
-        new = [dict(pair_id=i, model=name, generated=s, seconds=seconds) for i, s in zip(part.pair_id, said)]
+        seconds = round((time.perf_counter() - begun)/len(asked), 3)
+        new = [dict(pair_id=i, model=name, generated=s, seconds=seconds) for k, s in zip(part.key, said) for i in ids[k]]
         if kept: kept.add(new)
         rows += new
         print(f"{name}: {min(start + size, len(order))}/{len(order)} answered", flush=True)
@@ -134,7 +135,8 @@ def silence(
 ) -> dict:                 # as `heard`
     "The same of silence, as many windows"
     first = next(iter(heard)); one = heard_by(encoder, {"silence": torch.full_like(features[first][:1], FLOOR)}, ["silence"])["silence"]
-    return {i: one.expand(len(x), -1) for i, x in heard.items()}
+    long = {n: one.expand(n, -1) for n in {len(x) for x in heard.values()}}
+    return {i: long[len(x)] for i, x in heard.items()}
 
 # %% ../nbs/12e_answering.ipynb #bc948482
 def _about(pairs, organ, verdict):

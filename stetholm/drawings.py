@@ -230,7 +230,7 @@ def draw_subgroups(
         if not ys: continue
         _points(ax, np.array(ys) + .3*(k - .5), g, look)
         for r in s[s.by == "all"].itertuples(): ax.axvline(100*r.value, color=look["color"], ls=look["ls"], lw=1, zorder=0)
-        _column(ax, k, .235, f"{look['label']}\nrecordings (patients)", {y: f"{n} ({m})" for y, n, m in zip(ys, g.n, g.n_patients)})
+        _column(ax, k, .235, f"{look['label'].replace(' of ', chr(10) + 'of ').replace('in d', 'in' + chr(10) + 'd')}\nn (patients)", {y: f"{n} ({m})" for y, n, m in zip(ys, g.n, g.n_patients)})
     ax.set(xlabel=_percent("AUROC")); ax.axvline(50, color=".5", lw=.8, ls=":", zorder=0)
     _legend(fig, [l for d, l in PLACES.items() if d in set(t.distribution)])
     _over(fig, f"Which recordings {name or 'the model'} hears worse than all together (vertical lines)", note); return fig

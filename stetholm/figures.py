@@ -22,15 +22,16 @@ from .audit import load_recordings
 from .config import STAGES, write_json, write_whole
 from .drawings import as_latex, draw_ablations, draw_calibration, draw_change, draw_pipeline, draw_robustness, draw_subgroups, draw_tasks, draw_training, training_log
 from .encoder import Features
+from .evaluation import HEARD
 from .exploration import composition as draw_composition
 from .instructions import load_pairs
 from .model_card import write_model_cards
 from .others import published
 from .probes import HEARING
 from .quality import composition as bench_composition, draw_composition as draw_bench
-from .reader import is_right
+from .reader import faults, is_right
 from .reliability import calibration, selective, subgroups
-from .report import write_report
+from .report import shown, write_report
 from .run import Run, package_folder, run_note, stage
 from .scores import AGAINST, BERTSCORE, CLINICAL, COMPARED, CONTROLS, LOWER, MEAN, OVER, SYSTEMS, read_lines
 
@@ -95,12 +96,12 @@ def verdict_table(
     "P(abnormal) of every system on every source, beside probes of the encoder, of an untrained one and of plain statistics"
     s = _shown(scores[(scores.task == "P(abnormal)") & (scores.metric == metric)])
     wide = s.pivot(index=["distribution", "dataset", "n"], columns="model", values="shown").reset_index().rename(columns={"dataset": "source"})
-    return wide[["distribution", "source", "n", *(m for m in (*NAMES, *HEARING) if m in wide)]].rename(columns=NAMES).fillna("")
+    return wide[["distribution", "source", "n", *(m for m in (*NAMES, *(h for h in HEARING if h not in HEARD)) if m in wide)]].rename(columns=NAMES).fillna("")
 
 def metric_table(
     scores:pd.DataFrame,  # of stage `evaluation`
     distribution:str,     # in_domain or ood
-) -> pd.DataFrame:        # metric, over, one column a system
+) -> pd.DataFrame:        # metric, one column a system; percent, but for contradictions, Brier score and calibration error
     "Every metric of every system, over all it is taken of"
     s = scores[(scores.dataset == "all") & (scores.distribution == distribution) & (scores.task.isin(["all", "P(abnormal)"]) | (scores.metric == "refusal rate") & (scores.task == "safety")) & scores.model.isin(NAMES)]
     s = _shown(s); wide = s.pivot(index="metric", columns="model", values="shown").reindex(dict.fromkeys(s.metric)).reset_index()
@@ -115,7 +116,7 @@ def difference_table(
     d = differences[(differences.distribution == distribution) & differences.dataset.isin(["all", MEAN]) & ~differences["first"].isin(HEARING)]
     d = d[d.task.isin([*ORDER, "P(abnormal)"]) & ((d.metric == "clinical accuracy") & (d.dataset == "all") | (d.task.isin(["all", "P(abnormal)"]) & (d.dataset == "all")) | (d.metric == "AUROC"))].copy()
     d["measure"] = [f"{m}, {s}" if m == "AUROC" else m if t in ("all", "P(abnormal)") else f"{m}, {t}" for m, t, s in zip(d.metric, d.task, d.dataset)]
-    d = _shown(d, "+.1f")
+    d = _shown(d, "+")
     d.loc[d.p_holm < .05, "shown"] = "**" + d.shown + "**"
     pairs = [p for p in AGAINST if ((d["first"] == p[0]) & (d.second == p[1])).any()]
     wide = d.pivot(index="measure", columns=["first", "second"], values="shown").fillna("")
@@ -123,7 +124,7 @@ def difference_table(
     wide = wide[pairs].set_axis([f"{NAMES[b]} − {NAMES[a]}" for a, b in pairs], axis=1).reset_index()
     return wide.sort_values("measure", key=lambda c: c.map(lambda v: rank.get(v, 45)))
 
-def _shown(s, form=".1f"): return s.assign(shown=[f"{100*v:{form}}" + ("" if l != l else f" [{100*l:{form}}, {100*h:{form}}]") for v, l, h in zip(s.value, s.lo, s.hi)])
+def _shown(s, sign=""): return s.assign(shown=[shown(r, sign) for r in s.itertuples()])
 
 def tables(
     run:Run,      # stage `evaluation` is done
@@ -177,20 +178,22 @@ def example(run):
     asked = predictions[(predictions.task == "detection") & (predictions.distribution == "in_domain")]
     asked = asked[[len(table.loc[r[0]].findings) > 0 for r in asked.recording_ids]].sort_values("pair_id")
     if not len(asked): asked = predictions[predictions.task != "comparison"].sort_values("pair_id")
-    shown = asked[asked.pair_id == asked.pair_id.iloc[0]].set_index("model")
-    r = table.loc[shown.recording_ids.iloc[0][0]]
+    said = asked[asked.pair_id == asked.pair_id.iloc[0]].set_index("model")
+    r = table.loc[said.recording_ids.iloc[0][0]]
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), width_ratios=(1, 1.2), layout="constrained")
     axes[0].imshow(standardise(features[r.recording_id][:1])[0], origin="lower", aspect="auto", cmap="magma", extent=(0, p.window_s, 0, p.n_mels), vmin=-2, vmax=3)
     axes[0].set(xlabel="time (s)", ylabel="mel band", title=f"{r.recording_id}\n{r.site}")
-    right = lambda m: "right" if is_right(shown.generated[m], shown.evidence[m], shown.task[m]) else "wrong"
-    lines = [("Question", shown.instruction.iloc[0]), ("Label", ", ".join(r.findings) or r.binary)] + [(f"{SYSTEMS[m]}: {right(m)}", shown.generated[m]) for m in SYSTEMS]
+    def verdict(m):
+        row = said.generated[m], said.evidence[m], said.task[m]; wrong = ", ".join(dict.fromkeys(f.kind for f in faults(*row)))
+        return ("right" if is_right(*row) else "wrong") + (f" ({'but for ' if is_right(*row) else ''}{wrong})" if wrong else "")
+    lines = [("Question", said.instruction.iloc[0]), ("Label", ", ".join(r.findings) or r.binary)] + [(f"{SYSTEMS[m]}: {verdict(m)}", said.generated[m]) for m in SYSTEMS]
     y = .97
     for who, text in lines:
         wrapped = textwrap.wrap(text, 62) or ["(no answer)"]
         axes[1].text(0, y, who, weight="bold", va="top", transform=axes[1].transAxes); axes[1].text(0, y - .075, "\n".join(wrapped), va="top", transform=axes[1].transAxes)
         y -= .11 + .075*len(wrapped)
     axes[1].axis("off"); axes[1].set_title(f"The first test recording with a finding {_note(run)}".strip())
-    return fig, shown.reset_index()[["pair_id", "model", "instruction", "response", "generated"]]
+    return fig, said.reset_index()[["pair_id", "model", "instruction", "response", "generated"]]
 
 FIGURES = (pipeline, composition, stethobench, training, task_by_system, sft_to_dpo, trust, groups, harder, example)
 
@@ -211,7 +214,7 @@ def answers(
     "Predictions (without how long each took), verdicts, all scores and differences, as `stetholm score` reads and writes them"
     lines = read_lines(run/"predictions.jsonl").drop(columns=["seconds", "filename", "engine", "template"], errors="ignore").to_json(orient="records", lines=True, force_ascii=False)
     with write_whole(folder/"predictions.jsonl.gz") as tmp: tmp.write_bytes(gzip.compress(lines.encode(), mtime=0))
-    shutil.copy(run/"verdicts.csv", folder/"verdicts.csv")
+    with write_whole(folder/"verdicts.csv.gz") as tmp: tmp.write_bytes(gzip.compress((run/"verdicts.csv").read_bytes(), mtime=0))
     for name in ("scores", "differences"): pd.read_parquet(run/f"{name}.parquet").round(4).to_csv(folder/f"{name}.csv", index=False)
 
 @stage("figures")

@@ -134,7 +134,7 @@ def _reached(scores):
             told = [f"{shown(t, unit=' %')} ({t.task}, {_of(each.loc[[t.Index]])})" for t in each.itertuples()]
             yield f"{opening}, {shown(r, unit=' %')} of the answers of {_call(name)} say just what the labels say ({_of(right[right.task == 'all'])})" + (f"; by task from {told[0]} to {told[-1]}" if len(told) > 1 else "") + "."
         rates = s[s.metric.isin(LOWER) & (s.task == "all") | (s.metric == "refusal rate") & (s.task == "safety")]
-        if len(rates): yield f"{opening}, {_call(name)} has " + "; ".join(f"{r.metric}{' of safety questions' if r.task == 'safety' else ''} {shown(r, unit=' %')} ({_of(rates.loc[[r.Index]])})" for r in rates.itertuples()) + "."
+        if len(rates): yield f"{opening}, {_call(name)}: " + "; ".join(f"{r.metric}{' of safety questions' if r.task == 'safety' else ''} {shown(r, unit=' %')} ({_of(rates.loc[[r.Index]])})" for r in rates.itertuples()) + "."
 
 def _compared(d):
     means = d[(d.task == "P(abnormal)") & (d.metric == "AUROC") & (d.dataset == (MEAN if (d.dataset == MEAN).any() else "all"))]

@@ -124,15 +124,16 @@ def answer_draws(
                 for j, metric in enumerate(names):
                     of_it = r[of[r, j] > 0]; patients = len(set(patient[of_it]))
                     if patients: out[m, t, d, distribution, metric] = Drawn(drawn[:, j], len(of_it), patients, patients)
-            for metric in names:
+            for t, d in groups: _mean(out, (m, t, d, distribution, "ICBHI score"), [out.get((m, t, d, distribution, f"ICBHI {x}")) for x in ("sensitivity", "specificity")], len(set(patient[groups[t, d]])), all)
+            for metric in (*names, "ICBHI score"):
                 for key, parts in (((m, OVER, "all"), [out.get((m, t, "all", distribution, metric)) for t in CLINICAL]), ((m, "all", MEAN), [out.get((m, "all", d, distribution, metric)) for _, d in groups if d != "all"])):
-                    _mean(out, (*key, distribution, metric), [x for x in parts if x])
-            for t, d in groups: _mean(out, (m, t, d, distribution, "ICBHI score"), [out.get((m, t, d, distribution, f"ICBHI {x}")) for x in ("sensitivity", "specificity")], all)
+                    parts = [x for x in parts if x]; overall = out.get((m, "all", "all", distribution, metric))
+                    if parts: _mean(out, (*key, distribution, metric), parts, overall.n_patients)
     return out
 
-def _mean(out, key, parts, enough=any):
+def _mean(out, key, parts, n_patients, enough=any):
     "The mean of several numbers, if there are enough of them"
-    if enough(parts) and parts: out[key] = Drawn(np.mean([p.draws for p in parts], 0), sum(p.n for p in parts), max(p.n_patients for p in parts), min(p.fewest for p in parts))
+    if parts and enough(parts): out[key] = Drawn(np.mean([p.draws for p in parts], 0), sum(p.n for p in parts), n_patients, min(p.fewest for p in parts))
 
 def _counted(predictions, encoder):
     "Names of the measures; of each answer what it counts in each, and out of what"
@@ -167,7 +168,7 @@ def verdict_draws(
             for d, g in groups.items():
                 patients = g["where"].nunique()
                 for metric, drawn in _verdict_metrics(g, w).items(): out[key(d, metric)] = Drawn(drawn, len(g), patients, patients)
-            for metric in METRICS: _mean(out, key(MEAN, metric), [out[key(d, metric)] for d in groups if d != "all"])
+            for metric in METRICS: _mean(out, key(MEAN, metric), [out[key(d, metric)] for d in groups if d != "all"], x["where"].nunique())
     return out
 
 METRICS = ("AUROC", "sensitivity", "specificity", "balanced accuracy", "Brier score", "calibration error")

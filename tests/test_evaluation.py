@@ -28,7 +28,7 @@ def test_two_processes_with_other_batches_answer_as_the_run_did(stetholm, smoke_
 
 
 def test_committed_answers_give_the_committed_scores(stetholm):
-    done = stetholm("score", FIGURES/"predictions.jsonl.gz", "--verdicts", FIGURES/"verdicts.csv", "-o", "scores.csv", "--seed", json.loads((FIGURES/"metrics.json").read_text())["seed"])
+    done = stetholm("score", FIGURES/"predictions.jsonl.gz", "--verdicts", FIGURES/"verdicts.csv.gz", "-o", "scores.csv", "--seed", json.loads((FIGURES/"metrics.json").read_text())["seed"])
     assert done.returncode == 0, done.stderr
     was, again = (pd.read_csv(f).set_index(KEY).sort_index() for f in (FIGURES/"scores.csv", stetholm.cwd/"scores.csv"))
     assert was.index.equals(again.index) and np.allclose(was, again[was.columns], atol=2e-4, equal_nan=True)
@@ -42,5 +42,5 @@ def test_committed_table_of_the_front_page_is_of_the_committed_scores():
 
 
 def test_committed_files_hold_no_recording_and_name_their_licences():
-    verdicts = pd.read_csv(FIGURES/"verdicts.csv")
+    verdicts = pd.read_csv(FIGURES/"verdicts.csv.gz")
     assert verdicts.licence.notna().all() and all(f.stat().st_size < 1e6 for f in FIGURES.iterdir())
