@@ -141,38 +141,54 @@ def tables(
         if (scores.distribution == d).any(): save_table(metric_table(scores, d), folder, f"metrics_{d}", f"Every metric {place}, {interval}; {data}.")
         if (differences.distribution == d).any(): save_table(difference_table(differences, d), folder, f"differences_{d}", f"Differences {place} in points, with 95 % intervals over patients, bold where p is below .05 after Holm's correction; {data}.")
 
-# %% ../nbs/14_figures.ipynb #976d0788
-def pipeline(run): return draw_pipeline(), pd.DataFrame([dict(stage=s.name, notebook=s.notebook, needs=" ".join(s.needs), makes=" ".join(s.makes)) for s in STAGES.values()])
+# %% ../nbs/14_figures.ipynb #b76a8559
+def pipeline(run:Run) -> tuple:
+    "The stages, what each makes, and the model that they train"
+    return draw_pipeline(), pd.DataFrame([dict(stage=s.name, notebook=s.notebook, needs=" ".join(s.needs), makes=" ".join(s.makes)) for s in STAGES.values()])
 
-def composition(run): return draw_composition(load_recordings(run), f"Sources differ in what they hold {_note(run)}".strip()), pd.read_parquet(run/"exploration.parquet")
+def composition(run:Run) -> tuple:
+    "Recordings of each source by split, verdict and family of findings"
+    return draw_composition(load_recordings(run), f"Sources differ in what they hold {_note(run)}".strip()), pd.read_parquet(run/"exploration.parquet")
 
-def stethobench(run): table = bench_composition(load_pairs(run)); return draw_bench(table), table
+def stethobench(run:Run) -> tuple:
+    "Pairs of StethoBench by task, split and source beside the paper's counts (arXiv 2603.00355)"
+    table = bench_composition(load_pairs(run))
+    return draw_bench(table), table
 
-def training(run): log = training_log(run); return draw_training(log, _note(run)), log
+def training(run:Run) -> tuple:
+    "Losses of every phase of training"
+    log = training_log(run)
+    return draw_training(log, _note(run)), log
 
-def task_by_system(run):
+def task_by_system(run:Run) -> tuple:
+    "Clinical accuracy of every system on every task"
     s = pd.read_parquet(run/"scores.parquet"); s = s[(s.dataset == "all") & (s.metric == "clinical accuracy")]
     return draw_tasks(s, "clinical accuracy", NAMES, _note(run)), s
 
-def sft_to_dpo(run):
+def sft_to_dpo(run:Run) -> tuple:
+    "What preference training changes, on the same questions"
     d = pd.read_parquet(run/"differences.parquet"); d = d[(d["first"] == "sft") & (d.second == "dpo")]
     return draw_change(d, note=_note(run)), d
 
-def trust(run):
+def trust(run:Run) -> tuple:
+    "Calibration of P(abnormal), and risk against coverage"
     v = pd.read_csv(run/"verdicts.csv"); v = v[v.model.isin(["sft", "dpo", "log-mel statistics probe"])]; p = run.profile
     bins, risk = calibration(v, resamples=p.evaluation_bootstrap, seed=p.seed), selective(v, p.evaluation_bootstrap, p.seed)
     return draw_calibration(bins, risk, NAMES, _note(run)), pd.concat([bins.assign(of="calibration"), risk.assign(of="abstaining")])
 
-def groups(run):
+def groups(run:Run) -> tuple:
+    "AUROC of the final model in groups of patients and recordings"
     t = subgroups(pd.read_csv(run/"verdicts.csv"), FINAL, run.profile.evaluation_bootstrap, run.profile.seed)
     return draw_subgroups(t, NAMES[FINAL], _note(run)), t
 
-def harder(run):
+def harder(run:Run) -> tuple:
+    "The final model under noise, a narrower band and less to hear"
     t = pd.read_parquet(run/"robustness.parquet"); t = t[t.dataset == MEAN]
     return draw_robustness(t, NAMES, _note(run)), t
 
-# %% ../nbs/14_figures.ipynb #e947bbc5
-def example(run):
+# %% ../nbs/14_figures.ipynb #e4bf6eb2
+def example(run:Run) -> tuple:
+    "A recording, a question about it, the label, and what the models answer, with what is wrong in it"
     table, features, p = load_recordings(run), Features(run/"features"), run.profile
     predictions = read_lines(run/"predictions.jsonl")
     asked = predictions[(predictions.task == "detection") & (predictions.distribution == "in_domain")]
