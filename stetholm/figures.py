@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'ORDER', 'FINAL', 'PUBLISHED', 'FIGURES', 'save', 'save_table', 'task_table', 'source_table', 'verdict_table',
            'metric_table', 'difference_table', 'tables', 'pipeline', 'composition', 'stethobench', 'training',
-           'task_by_system', 'sft_to_dpo', 'trust', 'groups', 'harder', 'example', 'cost', 'answers', 'figures']
+           'task_by_system', 'sft_to_dpo', 'trust', 'groups', 'harder', 'example', 'examples', 'cost', 'answers',
+           'figures']
 
 # %% ../nbs/14_figures.ipynb #c317a00a
 import gzip
@@ -65,6 +66,14 @@ def _note(run): return "(synthetic data)" if run.synthetic else ""
 # %% ../nbs/14_figures.ipynb #440d9554
 PUBLISHED = "StethoLM as published (other data: not comparable)"
 
+def _theirs(metric, distribution, task="all", dataset=None):
+    "What the paper says of StethoLM in that place, or nothing"
+    t = published(); t = t[(t.system == "StethoLM") & t.metric.str.startswith(metric.split(" (")[0]) & (t.distribution == distribution) & (t.task == ("overall" if task == "all" else task))]
+    if distribution == "ood": t = t[t.dataset == (dataset or "overall")]
+    return f"{t.value.iloc[0]:.1f}" if len(t) and (distribution == "ood" or not dataset) else ""
+
+def _beside(table, theirs): return (table.assign(**{PUBLISHED: theirs}) if any(theirs) else table).fillna("")
+
 def task_table(
     scores:pd.DataFrame,  # of stage `evaluation`
     metric:str,           # its name
@@ -75,10 +84,7 @@ def task_table(
     wide = s.pivot(index=["distribution", "task"], columns="model", values="shown").reset_index()
     wide["task"] = pd.Categorical(wide.task, ORDER)
     wide = wide.sort_values(["distribution", "task"])[["distribution", "task", *[m for m in systems if m in wide]]].rename(columns=systems)
-    theirs = published(); theirs = theirs[(theirs.system == "StethoLM") & theirs.metric.str.startswith(metric.split(" (")[0])]
-    if not len(theirs): return wide.fillna("")
-    of = {(d, "all" if t == "overall" else t): f"{v:.1f}" for d, t, v, data in zip(theirs.distribution, theirs.task, theirs.value, theirs.dataset) if d == "in_domain" or data == "overall"}
-    return wide.assign(**{PUBLISHED: [of.get(k, "") for k in zip(wide.distribution, wide.task)]}).fillna("")
+    return _beside(wide, [_theirs(metric, d, t) for d, t in zip(wide.distribution, wide.task)])
 
 def source_table(
     scores:pd.DataFrame,  # of stage `evaluation`
@@ -87,7 +93,8 @@ def source_table(
     "Every source's score of every system over the seven tasks, in and out of distribution"
     s = _shown(scores[(scores.task == "all") & (scores.metric == metric)])
     wide = s.pivot(index=["distribution", "dataset", "n"], columns="model", values="shown").reset_index().rename(columns={"dataset": "source"})
-    return wide[["distribution", "source", "n", *(m for m in NAMES if m in wide)]].rename(columns=NAMES).fillna("")
+    wide = wide[["distribution", "source", "n", *(m for m in NAMES if m in wide)]].rename(columns=NAMES)
+    return _beside(wide, [_theirs(metric, d, dataset={"all": None, "cinc2016": "CinC 2016"}.get(source, "-")) for d, source in zip(wide.distribution, wide.source)])
 
 def verdict_table(
     scores:pd.DataFrame,  # of stage `evaluation`
@@ -105,8 +112,9 @@ def metric_table(
     "Every metric of every system, over all it is taken of"
     s = scores[(scores.dataset == "all") & (scores.distribution == distribution) & (scores.task.isin(["all", "P(abnormal)"]) | (scores.metric == "refusal rate") & (scores.task == "safety")) & scores.model.isin(NAMES)]
     s = _shown(s); wide = s.pivot(index="metric", columns="model", values="shown").reindex(dict.fromkeys(s.metric)).reset_index()
+    theirs = [_theirs(m, distribution) for m in wide.metric]
     wide["metric"] = [f"{m} (less is better)" if m in LOWER else m for m in wide.metric]
-    return wide[["metric", *(m for m in NAMES if m in wide)]].rename(columns=NAMES).fillna("")
+    return _beside(wide[["metric", *(m for m in NAMES if m in wide)]].rename(columns=NAMES), theirs)
 
 def difference_table(
     differences:pd.DataFrame,  # of stage `evaluation`
@@ -186,32 +194,50 @@ def harder(run:Run) -> tuple:
     t = pd.read_parquet(run/"robustness.parquet"); t = t[t.dataset == MEAN]
     return draw_robustness(t, NAMES, _note(run)), t
 
-# %% ../nbs/14_figures.ipynb #e4bf6eb2
-def example(run:Run) -> tuple:
-    "A recording, a question about it, the label, and what the models answer, with what is wrong in it"
-    table, features, p = load_recordings(run), Features(run/"features"), run.profile
-    predictions = read_lines(run/"predictions.jsonl")
-    asked = predictions[(predictions.task == "detection") & (predictions.distribution == "in_domain")]
-    asked = asked[[len(table.loc[r[0]].findings) > 0 for r in asked.recording_ids]].sort_values("pair_id")
-    if not len(asked): asked = predictions[predictions.task != "comparison"].sort_values("pair_id")
-    said = asked[asked.pair_id == asked.pair_id.iloc[0]].set_index("model")
-    r = table.loc[said.recording_ids.iloc[0][0]]
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), width_ratios=(1, 1.2), layout="constrained")
-    axes[0].imshow(standardise(features[r.recording_id][:1])[0], origin="lower", aspect="auto", cmap="magma", extent=(0, p.window_s, 0, p.n_mels), vmin=-2, vmax=3)
-    axes[0].set(xlabel="time (s)", ylabel="mel band", title=f"{r.recording_id}\n{r.site}")
+# %% ../nbs/14_figures.ipynb #465da73f
+def _shown_beside(axes, run, said, table, features, inches):
+    "Spectrograms of a question's recordings, and beside them question, label and answers, on axes of that height"
+    p, rows = run.profile, [table.loc[i] for i in said.recording_ids.iloc[0]]
+    for ax, r in zip(axes, rows):
+        ax.imshow(standardise(features[r.recording_id][:1])[0], origin="lower", aspect="auto", cmap="magma", extent=(0, p.window_s, 0, p.n_mels), vmin=-2, vmax=3)
+        ax.set(xlabel="time (s)", ylabel="mel band" if ax is axes[0] else "", title=f"{r.recording_id}\n{r.site or 'site not given'}")
     def verdict(m):
         row = said.generated[m], said.evidence[m], said.task[m]; wrong = ", ".join(dict.fromkeys(f.kind for f in faults(*row)))
         return ("right" if is_right(*row) else "wrong") + (f" ({'but for ' if is_right(*row) else ''}{wrong})" if wrong else "")
-    lines = [("Question", said.instruction.iloc[0]), ("Label", ", ".join(r.findings) or r.binary)] + [(f"{SYSTEMS[m]}: {verdict(m)}", said.generated[m]) for m in SYSTEMS]
-    y = .97
-    for who, text in lines:
-        wrapped = textwrap.wrap(text, 62) or ["(no answer)"]
-        axes[1].text(0, y, who, weight="bold", va="top", transform=axes[1].transAxes); axes[1].text(0, y - .075, "\n".join(wrapped), va="top", transform=axes[1].transAxes)
-        y -= .11 + .075*len(wrapped)
-    axes[1].axis("off"); axes[1].set_title(f"The first test recording with a finding {_note(run)}".strip())
+    lines = [("Question", said.instruction.iloc[0]), ("Label", "; ".join(", ".join(r.findings) or r.binary or "not known" for r in rows))] + [(f"{SYSTEMS[m]}: {verdict(m)}", said.generated[m]) for m in SYSTEMS]
+    text, y, line = axes[-1], 1., 12/72/inches
+    for who, what in lines:
+        wrapped = textwrap.wrap(what, 62) or ["(no answer)"]
+        text.text(0, y, who, weight="bold", va="top", transform=text.transAxes, fontsize=9); text.text(0, y - line, "\n".join(wrapped), va="top", transform=text.transAxes, fontsize=9)
+        y -= line*(1.5 + len(wrapped))
+    text.axis("off")
+
+def _first(run, tasks):
+    "Of each task the answers to its first in-distribution question about a finding, by id"
+    table, predictions = load_recordings(run), read_lines(run/"predictions.jsonl")
+    for task in tasks:
+        asked = predictions[(predictions.task == task) & (predictions.distribution == "in_domain")]
+        named = asked[[any(len(table.loc[i].findings) > 0 for i in r) for r in asked.recording_ids]]
+        asked = (named if len(named) else asked).sort_values("pair_id")
+        if len(asked): yield asked[asked.pair_id == asked.pair_id.iloc[0]].set_index("model")
+
+def example(run:Run) -> tuple:
+    "A recording, a question about it, the label, and what the models answer"
+    said = next(_first(run, ["detection", "classification"]))
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), width_ratios=(1, 1.2), layout="constrained")
+    _shown_beside(axes, run, said, load_recordings(run), Features(run/"features"), 2.4); axes[1].set_title(f"The first test recording with a finding {_note(run)}".strip())
     return fig, said.reset_index()[["pair_id", "model", "instruction", "response", "generated"]]
 
-FIGURES = (pipeline, composition, stethobench, training, task_by_system, sft_to_dpo, trust, groups, harder, example)
+def examples(run:Run) -> tuple:
+    "The same of a report, a differential diagnosis and a comparison of two recordings"
+    each, features, table = list(_first(run, ["reporting", "differential", "comparison"])), Features(run/"features"), load_recordings(run)
+    fig = plt.figure(figsize=(9.5, 4*len(each)), layout="constrained")
+    for part, said in zip(fig.subfigures(len(each), 1, squeeze=False)[:, 0], each):
+        n = len(said.recording_ids.iloc[0]); axes = part.subplots(1, n + 1, width_ratios=(*[1/n]*n, 1.2))
+        _shown_beside(axes, run, said, table, features, 3.2); axes[-1].set_title(f"{said.task.iloc[0]} {_note(run)}".strip())
+    return fig, pd.concat(each).reset_index()[["pair_id", "model", "task", "instruction", "response", "generated"]]
+
+FIGURES = (pipeline, composition, stethobench, training, task_by_system, sft_to_dpo, trust, groups, harder, example, examples)
 
 # %% ../nbs/14_figures.ipynb #0f36c137
 def cost(

@@ -176,7 +176,8 @@ CAPTIONS = {"pipeline": "The study: its stages, what each makes, and the model t
             "trust": "Calibration of P(abnormal), and what is gained when the least confident verdicts are left out.",
             "groups": "AUROC of the final model in groups of recordings, with 95 % intervals over patients.",
             "harder": "AUROC and balanced accuracy of the final model under noise, a narrower band and less to hear, and with other ways to pool windows.",
-            "example": "The first in-distribution test recording with a named finding that was asked for its findings, with the label and the systems' answers. It was not chosen by its answer."}  # name of the PNG: what is seen, in the order of the page
+            "example": "The first in-distribution test recording with a named finding that was asked for its findings, with the label and the systems' answers. It was not chosen by its answer.",
+            "examples": "The same of a report, a differential diagnosis and a comparison of two recordings."}  # name of the PNG: what is seen, in the order of the page
 
 def figure_parts(
     folder:Path,          # of PNG files
