@@ -87,10 +87,12 @@ test-notebooks: $(READY)
 	echo "  $$(( $$(date +%s) - start )) s"
 	exit $$status
 
-# pytest says itself how long it took, in its last line
+# First what is timed, with nothing beside it; then the rest over two processes, which read the smoke run of the first. pytest says itself how long it took, in its last line
 test-package: $(READY)
 	@echo "test: the package"
-	$(BIN)/python -m pytest tests -q
+	STETHOLM_SMOKE=$$(mktemp -d); export STETHOLM_SMOKE; trap 'rm -rf "$$STETHOLM_SMOKE"' EXIT
+	$(BIN)/python -m pytest tests -q -m timed
+	$(BIN)/python -m pytest tests -q -m "not timed" -n 2 --dist loadfile
 
 lab: $(READY)  ## open the notebooks
 	@$(BIN)/jupyter lab $(ARGS) nbs

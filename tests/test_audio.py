@@ -61,6 +61,7 @@ def test_front_end_is_the_same_on_a_gpu(clips):
     assert (front(wave) - front.cuda()(wave.cuda()).cpu()).abs().max() < 1e-4
 
 
+@pytest.mark.timed
 def test_front_end_is_fast(clips):
     "160 ten-second clips at the mini front end on two cores, and librosa called clip by clip, in one run; clips a second of the best of twenty-five turns, as a machine shared with others slows now the one, now the other; with a pause before each, as BLAS threads go on spinning after librosa"
     waves = np.stack([np.resize(load_audio(path, MINI.sample_rate), 10*MINI.sample_rate) for path in clips]*4)

@@ -42,6 +42,7 @@ def refused(done, code, *words):
 
 # help
 
+@pytest.mark.timed
 def test_help_names_every_command_within_half_a_second(stetholm):
     def timed():
         begun = time.perf_counter(); done = stetholm("--help")

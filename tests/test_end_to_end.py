@@ -30,6 +30,7 @@ def test_run_says_first_and_last_that_it_is_synthetic(smoke_run):
     assert str(smoke_run.folder) in lines[-1] and ran(smoke_run.process) == list(STAGES)
 
 
+@pytest.mark.timed
 def test_run_takes_less_than_150_seconds(smoke_run):
     assert smoke_run.seconds < 150
 
@@ -84,6 +85,7 @@ def copied(stetholm, smoke_run):
     return stetholm
 
 
+@pytest.mark.timed
 def test_second_time_everything_is_up_to_date(copied, smoke_run):
     begun = time.perf_counter()
     again = copied("reproduce", "--profile", "smoke")

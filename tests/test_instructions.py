@@ -132,6 +132,7 @@ print(len(many), len(pairs), time.perf_counter() - begun, peak_memory(), pd.util
 """
 
 
+@pytest.mark.timed
 def test_the_papers_size_in_two_minutes_and_in_little_memory(table, tmp_path):
     "16,125 recordings (arXiv 2603.00355), their answers read back included, on two cores"
     table.to_parquet(tmp_path/"table.parquet")

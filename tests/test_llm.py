@@ -20,6 +20,8 @@ from stetholm.llm import AGAIN, KEYS, Chat, Endpoint, Replies, read_pair, rewrit
 
 SECRET = "sk-very-secret-4711"
 
+pytestmark = pytest.mark.timed  # its waits are short
+
 
 class Model(http.server.BaseHTTPRequestHandler):
     "Answers as `desk['says']` of the request says, after the faults planted in `desk['faults']`, one a request"

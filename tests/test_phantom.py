@@ -190,6 +190,7 @@ def test_held_out_instrument_sounds_different(corpus, meta):
     assert (level.phantom_ood > level.phantom + 6).all(), level
 
 
+@pytest.mark.timed
 def test_a_thousand_clips_of_ten_seconds_take_less_than_a_minute(tmp_path):
     begun = time.perf_counter()
     make_phantom(tmp_path/"p", 500, 0, 10., workers=2)

@@ -256,6 +256,7 @@ def test_a_table_is_refused_when_it_breaks_the_schema(layouts, tmp_path):
     assert not (tmp_path/"t.parquet").exists()
 
 
+@pytest.mark.timed
 def test_three_thousand_recordings_scan_quickly_in_little_memory(layouts, tmp_path, stetholm):
     wave = (layouts/"KAUH/Audio Files/EP1_Asthma,I E W,P L L,70,M.wav").read_bytes()
     for i in range(1000):
