@@ -17,7 +17,6 @@ from .audit import check_recordings, contamination, load_recordings
 from .config import write_json, write_whole
 from .encoder import Features, embed
 from .instructions import load_pairs
-from .model import StethoLM
 from .probes import HEARING, mel_statistics, probe_scores
 from .reliability import with_recordings
 from .robustness import robustness
@@ -51,7 +50,7 @@ HEARD = {"log-mel statistics probe": "logmel", "encoder k-NN": "neighbour"}  # p
 def ask_controls(
     run:Run,             # recordings, pairs and encoder are read
     asked:pd.DataFrame,  # questions
-    lm:StethoLM,         # whose encoder finds neighbours
+    lm,                  # whose encoder finds neighbours
 ) -> list:               # rows of `predict`
     "What the training answers say without a language model"
     table, features, train = load_recordings(run), Features(run/"features"), load_pairs(run, "train")
@@ -61,12 +60,8 @@ def ask_controls(
     verdict = table.binary.where(table.split != "test", sick).to_dict()
     return label_prior(train, asked, organ) + label_prior(train, asked, organ, "logmel", verdict) + nearest_neighbour(train, asked, organ, vectors)
 
-# %% ../nbs/13_evaluation.ipynb #7d31324f
-def answers_of(
-    run:Run,  # any run
-) -> Answers:
-    "Where its answers are kept until the stage is done; every process writes a file of its own"
-    return Answers(checkpoints(run, "evaluation")/"checkpoint-answers", torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+# %% ../nbs/13_evaluation.ipynb #3ae35672
+def answers_of(run): return Answers(checkpoints(run, "evaluation")/"checkpoint-answers", int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0)
 
 def questions_of(
     run:Run,  # stage `instructions` is done
