@@ -48,7 +48,8 @@ def save(
     name:str,            # without suffix
 ):
     "The figure as PDF and PNG and its table as csv"
-    fig.savefig(folder/f"{name}.pdf", metadata={"CreationDate": None}); fig.savefig(folder/f"{name}.png", dpi=150, metadata={"Software": None})
+    fig.savefig(folder/f"{name}.pdf", metadata={"CreationDate": None})
+    fig.savefig(folder/f"{name}.png", dpi=150 if fig.get_figheight() < 10 else 100, metadata={"Software": None})
     table.round(4).to_csv(folder/f"{name}.csv", index=False); plt.close(fig)
 
 def save_table(
