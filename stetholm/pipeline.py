@@ -92,7 +92,7 @@ def _overrides(changes):
         out[key.strip()] = value.strip()
     return out
 
-SECONDS = dict(audit=36, exploration=12, instructions=8, alignment=460, sft=690, preferences=65, dpo=130, evaluation=320, figures=6)  # of profile mini on two cores
+SECONDS = dict(audit=43, exploration=16, instructions=11, alignment=530, sft=750, preferences=86, dpo=160, evaluation=470, figures=25)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
