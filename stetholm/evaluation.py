@@ -17,6 +17,7 @@ from .audit import check_recordings, contamination, load_recordings
 from .config import write_json, write_whole
 from .encoder import Features, embed
 from .instructions import load_pairs
+from .model import StethoLM
 from .probes import HEARING, mel_statistics, probe_scores
 from .reliability import with_recordings
 from .robustness import robustness
@@ -45,12 +46,12 @@ def ask_models(
         if len(known): verdicts.append(predict_verdicts(lm, system, known, heard, p.evaluation_batch))
     return answers, verdicts, lm
 
-HEARD = {"log-mel statistics probe": "logmel", "encoder k-NN": "neighbour"}  # probes whose P(abnormal) is that of a control
+HEARD = {"log-mel statistics probe": "logmel", "encoder k-NN": "neighbour"}  # probes that are controls, too: their answers are in `ask_controls`
 
 def ask_controls(
     run:Run,             # recordings, pairs and encoder are read
     asked:pd.DataFrame,  # questions
-    lm,                  # whose encoder finds neighbours
+    lm:StethoLM,         # whose encoder finds neighbours
 ) -> list:               # rows of `predict`
     "What the training answers say without a language model"
     table, features, train = load_recordings(run), Features(run/"features"), load_pairs(run, "train")
@@ -60,8 +61,12 @@ def ask_controls(
     verdict = table.binary.where(table.split != "test", sick).to_dict()
     return label_prior(train, asked, organ) + label_prior(train, asked, organ, "logmel", verdict) + nearest_neighbour(train, asked, organ, vectors)
 
-# %% ../nbs/13_evaluation.ipynb #3ae35672
-def answers_of(run): return Answers(checkpoints(run, "evaluation")/"checkpoint-answers", int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0)
+# %% ../nbs/13_evaluation.ipynb #7d31324f
+def answers_of(
+    run:Run,  # any run
+) -> Answers:
+    "Where its answers are kept until the stage is done; every process writes a file of its own"
+    return Answers(checkpoints(run, "evaluation")/"checkpoint-answers", torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
 
 def questions_of(
     run:Run,  # stage `instructions` is done
@@ -79,14 +84,14 @@ def evaluation(
     known = table[(table.split == "test") & table.binary.notna()]
     answers, verdicts, lm = ask_models(run, asked, known, answers_of(run))
     answers += ask_controls(run, asked, lm)
-    hearing = pd.read_parquet(run/"hearing.parquet"); heard = hearing.assign(model=hearing.model.map(HEARD)).dropna(subset="model")
-    verdicts = with_recordings(pd.concat([hearing, heard, *verdicts], ignore_index=True), table, Features(run/"features"))
+    hearing = pd.read_parquet(run/"hearing.parquet").replace({"model": HEARD})
+    verdicts = with_recordings(pd.concat([hearing, *verdicts], ignore_index=True), table, Features(run/"features"))
     predictions, handled = complete(pd.DataFrame(answers), asked)
     print(handled, flush=True)
     p_of = verdicts.set_index(["model", "recording_id"]).p_abnormal
     predictions["p_abnormal"] = [[p_of.get((m, i)) for i in r] for m, r in zip(predictions.model, predictions.recording_ids)]
     drawn = answer_draws(predictions, p.evaluation_bootstrap, p.seed) | verdict_draws(verdicts, p.evaluation_bootstrap, p.seed)
-    scores, differences = scores_of(drawn), differences_of(drawn, [*AGAINST, *((m, "sft") for m in HEARING)])
+    scores, differences = scores_of(drawn), differences_of(drawn, [*AGAINST, *((m, "sft") for m in HEARING if m not in HEARD)])
     harder = robustness(lm, "dpo", known[known.distribution == "in_domain"], p)
     with write_whole(run/"predictions.jsonl") as tmp: predictions.to_json(tmp, orient="records", lines=True, force_ascii=False)
     with write_whole(run/"verdicts.csv") as tmp: verdicts.round({"p_abnormal": 6}).to_csv(tmp, index=False)

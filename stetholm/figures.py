@@ -181,7 +181,7 @@ def sft_to_dpo(run:Run) -> tuple:
 
 def trust(run:Run) -> tuple:
     "Calibration of P(abnormal), and risk against coverage"
-    v = pd.read_csv(run/"verdicts.csv"); v = v[v.model.isin(["sft", "dpo", "log-mel statistics probe"])]; p = run.profile
+    v = pd.read_csv(run/"verdicts.csv"); v = v[v.model.isin(["sft", "dpo", "logmel"])]; p = run.profile
     bins, risk = calibration(v, resamples=p.evaluation_bootstrap, seed=p.seed), selective(v, p.evaluation_bootstrap, p.seed)
     return draw_calibration(bins, risk, NAMES, _note(run)), pd.concat([bins.assign(of="calibration"), risk.assign(of="abstaining")])
 
