@@ -460,6 +460,7 @@ def score(
     asked = None
     if questions: asked = pd.read_parquet(questions).query("split == 'test'") if questions.endswith(".parquet") else read_lines(questions)
     answers, handled = complete(read_lines(predictions), asked, Path(predictions).name.split(".")[0])
+    _quiet()
     drawn = answer_draws(answers, resamples, seed, bertscore)
     if verdicts: drawn |= verdict_draws(pd.read_csv(verdicts), resamples, seed)
     scores, systems = scores_of(drawn), list(answers.model.unique())
@@ -468,7 +469,6 @@ def score(
         with write_whole(Path(file)) as tmp: make().round(6).to_csv(tmp, index=False)
     _print_scores(scores); print(handled)
     if endpoint:
-        _quiet()
         from stetholm.llm import Chat, Endpoint
         graded = judge_twice(answers, Chat(Endpoint(endpoint, model, temperature=0.), cache_folder()/"replies.sqlite"))
         print(agreement(graded).round(3).to_string(index=False))
