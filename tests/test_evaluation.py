@@ -19,7 +19,7 @@ def answers(folder):
 
 def test_two_processes_with_other_batches_answer_as_the_run_did(stetholm, smoke_run):
     shutil.copytree(smoke_run.runs, stetholm.runs)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", COMMAND, "evaluate", "--run", "smoke-phantom", "--set", "evaluation_batch=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", COMMAND, "evaluate", "--run", "smoke-phantom", "--set", "evaluation_batch=3"]
     done = subprocess.run(**stetholm.how(()) | dict(args=list(map(str, command))), capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     run = stetholm.runs/"smoke-phantom"
