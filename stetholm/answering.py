@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from .augmentations import FLOOR
-from .config import Profile, StethoError
-from .encoder import AudioEncoder, Features, embed, embed_frames
+from .config import Profile, StethoError, write_whole
+from .encoder import AudioEncoder, Features, embed_frames
 from .model import StethoLM, answer, p_abnormal
+from .scores import verdict_question
 
 # %% ../nbs/12e_answering.ipynb #27ce2c36
 SHARES = {"classification": 4, "detection": 4}  # of the questions that are asked; other tasks have one: on these two it is asked whether the model listens, and their answers are short
@@ -44,17 +45,14 @@ class Answers:
     ):
         self.folder, self.file = Path(folder), Path(folder)/f"{process}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.file.exists(): self.file.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in self._of(self.file)))  # without a line that a kill cut
-
-    def _of(self, file):
-        whole = file.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in whole]
+        if self.file.exists() and not (kept := self.file.read_text()).endswith("\n"):  # a kill cut the last line
+            with write_whole(self.file) as tmp: tmp.write_text(kept[:kept.rfind("\n") + 1])
 
     def rows(self,
         name:str,  # of a system
     ) -> list:     # pair_id, model, generated, seconds
         "What it has answered, in any process"
-        return [r for f in sorted(self.folder.glob("*.jsonl")) for r in self._of(f) if r["model"] == name]
+        return [r for f in sorted(self.folder.glob("[0-9]*.jsonl")) for line in f.read_text().splitlines() if (r := json.loads(line))["model"] == name]
 
     def add(self,
         rows:list,  # of one batch
@@ -103,7 +101,7 @@ def predict_verdicts(
     for start in range(0, len(asked), batch):
         part = asked.iloc[start:start + batch]
         audio = [[heard[i]] if heard is not None else [] for i in part.recording_id]
-        out += p_abnormal(lm.model, lm.processor, lm.processor([f"Is this {d} sound normal or abnormal?" for d in part.domain], audio)).tolist()
+        out += p_abnormal(lm.model, lm.processor, lm.processor([verdict_question(d) for d in part.domain], audio)).tolist()
     by = "recording_id" if heard is not None else "domain"
     return pd.DataFrame({"recording_id": table.recording_id.to_numpy(), "model": name, "p_abnormal": table[by].map(dict(zip(asked[by], out))).to_numpy()})
 
@@ -167,10 +165,10 @@ def nearest_neighbour(
 ) -> list:               # rows as of `predict`
     "To each question the answer to the same question about the training recording whose embedding has the largest cosine with its own; about two recordings, of the pair with the largest sum"
     unit = {i: v/np.linalg.norm(v) for i, v in vectors.items()}
-    known, told = train.assign(about=[str(a[:4]) for a in _about(train, organ, None)]), []
+    known, told = train.assign(about=[str(a) for a in _about(train, organ, None)]), []
     groups, fallback = dict(iter(known.groupby("about"))), {t: g for t, g in known.groupby("task")}
     stacked = {}
-    for i, about, task, ids in zip(asked.pair_id, (str(a[:4]) for a in _about(asked, organ, None)), asked.task, asked.recording_ids):
+    for i, about, task, ids in zip(asked.pair_id, (str(a) for a in _about(asked, organ, None)), asked.task, asked.recording_ids):
         g = groups.get(about, fallback[task]); key = about if about in groups else task
         if key not in stacked: stacked[key] = [np.stack([unit[r[min(j, len(r) - 1)]] for r in g.recording_ids]) for j in range(2)]
         likeness = sum(stacked[key][j] @ unit[r] for j, r in enumerate(ids))

@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'counts']
 # %% ../nbs/12a_clinical.ipynb #2215f168
 import json
 
-from .reader import SAFETY, faults, is_right, read
+from .reader import SAFETY, faults, is_right, read, verdict_of
 from .vocabulary import FINDINGS
 
 # %% ../nbs/12a_clinical.ipynb #5219edcd
@@ -52,8 +52,5 @@ def _heard(said, about, r):
     "What the answer says of one recording and what its labels say: verdict, label, families named and labelled (None: not known)"
     mine = [s for s in said if s.about == about or (about == "only" and s.about in ("first", "second"))]
     named = {s.what for s in mine if s.kind == "finding" and s.holds == "yes" and s.what != "any"}
-    verdicts = {s.what if s.holds == "yes" else {"normal": "abnormal", "abnormal": "normal"}[s.what] for s in mine if s.kind == "verdict"}
-    denied = any(s.kind == "finding" and s.holds == "no" for s in mine)
-    verdict = None if len(verdicts) > 1 or ("normal" in verdicts and named) else next(iter(verdicts), "abnormal" if named else "normal" if denied else None)
     there = None if r["findings"] is None else {FINDINGS[t].family for t in r["findings"]}
-    return dict(label=r["binary"], verdict=verdict, named=named, there=there)
+    return dict(label=r["binary"], verdict=verdict_of(mine), named=named, there=there)

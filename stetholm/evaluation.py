@@ -17,7 +17,6 @@ from .audit import check_recordings, contamination, load_recordings
 from .config import write_json, write_whole
 from .encoder import Features, embed
 from .instructions import load_pairs
-from .model import StethoLM
 from .probes import HEARING, mel_statistics, probe_scores
 from .reliability import with_recordings
 from .robustness import robustness
@@ -33,7 +32,7 @@ def ask_models(
     asked:pd.DataFrame,   # questions
     known:pd.DataFrame,   # test recordings with a verdict; empty: P(abnormal) is not asked
     kept:Answers,         # where answers are kept as they come
-) -> tuple:               # (rows of `predict`, rows of `predict_verdicts`, the last model, what it hears)
+) -> tuple:               # (rows of `predict`, tables of `predict_verdicts`, the last model)
     "What every system that is a model answers"
     p, table, features = run.profile, load_recordings(run), Features(run/"features"); test = table[table.split == "test"]
     swap, answers, verdicts, loaded, encoder = other_recordings(test, p.seed), [], [], None, None
@@ -51,12 +50,11 @@ HEARD = {"log-mel statistics probe": "logmel", "encoder k-NN": "neighbour"}  # p
 def ask_controls(
     run:Run,             # recordings, pairs and encoder are read
     asked:pd.DataFrame,  # questions
-    lm:StethoLM,         # whose encoder finds neighbours
 ) -> list:               # rows of `predict`
     "What the training answers say without a language model"
     table, features, train = load_recordings(run), Features(run/"features"), load_pairs(run, "train")
-    organ, fitting = table.domain.to_dict(), table.binary.notna()
-    vectors = dict(zip(table.index, embed(lm.model.model.audio_encoder, features, list(table.index))))
+    organ, encoder = table.domain.to_dict(), load_model(run, "aligned").model.model.audio_encoder
+    vectors = dict(zip(table.index, embed(encoder, features, list(table.index))))
     sick = pd.Series(probe_scores(mel_statistics(features, table.index), table) >= .5, table.index).map({True: "abnormal", False: "normal"})
     verdict = table.binary.where(table.split != "test", sick).to_dict()
     return label_prior(train, asked, organ) + label_prior(train, asked, organ, "logmel", verdict) + nearest_neighbour(train, asked, organ, vectors)
@@ -83,7 +81,7 @@ def evaluation(
     p, table, asked = run.profile, load_recordings(run), questions_of(run)
     known = table[(table.split == "test") & table.binary.notna()]
     answers, verdicts, lm = ask_models(run, asked, known, answers_of(run))
-    answers += ask_controls(run, asked, lm)
+    answers += ask_controls(run, asked)
     hearing = pd.read_parquet(run/"hearing.parquet").replace({"model": HEARD})
     verdicts = with_recordings(pd.concat([hearing, *verdicts], ignore_index=True), table, Features(run/"features"))
     predictions, handled = complete(pd.DataFrame(answers), asked)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Ba
 from .audio import load_audio
 from .config import StethoError
 from .run import device, package_folder
+from .scores import verdict_question
 
 # %% ../nbs/12d_others.ipynb #9ffe1ceb
 COLUMNS = ["system", "task", "dataset", "distribution", "metric", "value", "unit", "n", "source", "note"]
@@ -149,7 +150,7 @@ class AudioLM:
         "Probability of 'Abnormal' against 'Normal' as the first word of the answer, asked of each recording as the models of this package are. Raises what `answers` raises, and `StethoError` if both words begin with one token."
         words = [self.processor.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("Normal", "Abnormal")]
         if words[0] == words[1]: raise StethoError(f"the tokenizer of {self.name} begins 'Normal' and 'Abnormal' with one token: P(abnormal) cannot be read")
-        questions = [f"Is this {d} sound normal or abnormal?" for d in recordings.domain]
+        questions = [verdict_question(d) for d in recordings.domain]
         name, known = self.checked(questions, [*recordings.recording_id], recordings, cut); paths, out = [[known[i][0]] for i in recordings.recording_id], []
         for start in range(0, len(paths), batch):
             last = self.model.model(**self.inputs(questions[start:start + batch], paths[start:start + batch])).last_hidden_state[:, -1].float()

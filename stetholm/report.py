@@ -21,6 +21,7 @@ from PIL import Image
 
 from .card import Html, as_html, sections
 from .config import PROFILES, STAGES, StethoError, read_json, write_whole
+from .drawings import PLACES
 from .grammar import TASKS
 from .model_card import model_card
 from .run import Run, run_note
@@ -31,7 +32,7 @@ METRICS = ("clinical accuracy", "BERTScore F1", "BERTScore precision", "BERTScor
            "contradictions an answer", "hallucination rate", "refusal rate", "false refusal rate", "AUROC", "sensitivity", "specificity", "balanced accuracy", "Brier score", "calibration error", "ICBHI score", "ICBHI sensitivity", "ICBHI specificity")
 PLAIN = ("contradictions an answer", "Brier score", "calibration error")  # not in percent
 NAMES = {m: (SYSTEMS | CONTROLS)[m] for m in ("prior", "logmel", "neighbour", "backbone", "text_only", "silence", "shuffled", "sft", "dpo")}  # in the order of columns
-WHERE = {"in_domain": "in distribution", "ood": "out of distribution"}
+WHERE = {d: place["label"] for d, place in PLACES.items()}
 ORDER = [*TASKS, OVER, "all", "P(abnormal)"]
 
 def known(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'CONTROLS', 'AGAINST', 'COLUMNS', 'OVER', 'MEAN', 'CLINICAL', 'METRICS', 'KEY', 'LOWER', 'COMPARED',
-           'read_lines', 'Handled', 'complete', 'Drawn', 'answer_draws', 'labelled', 'verdict_draws', 'scores_of',
-           'differences_of', 'score_predictions', 'judge_twice', 'agreement']
+           'read_lines', 'Handled', 'complete', 'Drawn', 'answer_draws', 'verdict_question', 'labelled',
+           'verdict_draws', 'scores_of', 'differences_of', 'score_predictions', 'judge_twice', 'agreement']
 
 # %% ../nbs/12b_scores.ipynb #209f3c21
 import gzip
@@ -41,12 +41,14 @@ def read_lines(
     path = Path(path)
     if not path.is_file(): raise StethoError(f"no predictions at {path}")
     rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip(): continue
-            try: rows.append(json.loads(line))
-            except json.JSONDecodeError as e: raise StethoError(f"{path} line {n} is not valid JSON ({e})") from None
-            if not isinstance(rows[-1], dict): raise StethoError(f"{path} line {n} is not an object: a prediction is {{\"pair_id\": …, \"generated\": …}}")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f: lines = f.read().split("\n")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e: raise StethoError(f"{path} is not {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text ({e})") from None
+    for n, line in enumerate(lines, 1):
+        if not line.strip(): continue
+        try: rows.append(json.loads(line))
+        except json.JSONDecodeError as e: raise StethoError(f"{path} line {n} is not valid JSON ({e})") from None
+        if not isinstance(rows[-1], dict): raise StethoError(f"{path} line {n} is not an object: a prediction is {{\"pair_id\": …, \"generated\": …}}")
     if not rows: raise StethoError(f"{path} holds no predictions")
     return pd.DataFrame(rows)
 
@@ -146,6 +148,12 @@ def _counted(predictions, encoder):
     return names, count, of
 
 # %% ../nbs/12b_scores.ipynb #8f9cba40
+def verdict_question(
+    domain:str,  # heart or lung
+) -> str:
+    "The one question with which every system is asked for P(abnormal)"
+    return f"Is this {domain} sound normal or abnormal?"
+
 def labelled(
     verdicts:pd.DataFrame,  # model, recording_id, p_abnormal
     table:pd.DataFrame,     # recordings
@@ -158,7 +166,8 @@ def verdict_draws(
     resamples:int=2000,     # of the bootstrap
     seed:int=0,             # of the draws
 ) -> dict:                  # (model, "P(abnormal)", source, distribution, metric): Drawn
-    "How well each system tells abnormal from normal, on each source, on all, and as the mean of sources"
+    "How well each system tells abnormal from normal, on each source, on all, and as the mean of sources. Raises `StethoError` if a column is missing."
+    if missing := {"model", "recording_id", "p_abnormal", "binary", "source", "distribution", "patient_id"} - set(verdicts): raise StethoError(f"the verdicts lack {', '.join(sorted(missing))}: give verdicts.csv of a run")
     out = {}
     for distribution, v in verdicts.groupby("distribution"):
         w, where = draw_patients(v.patient_id.to_numpy(str), resamples, seed); v = v.assign(where=where)
