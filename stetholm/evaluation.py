@@ -21,7 +21,7 @@ from .probes import HEARING, mel_statistics, probe_scores
 from .reliability import with_recordings
 from .robustness import robustness
 from .run import Run, checkpoints, hardware, stage
-from .scores import AGAINST, CONTROLS, KEY, MEAN, OVER, SYSTEMS, answer_draws, complete, differences_of, read_lines, score_predictions, scores_of, verdict_draws
+from .scores import AGAINST, KEY, MEAN, OVER, answer_draws, complete, differences_of, scores_of, verdict_draws
 
 # %% ../nbs/13_evaluation.ipynb #8e08f394
 MODELS = {"backbone": ("aligned", None), "text_only": ("text_only", None), "sft": ("sft", "right"), "shuffled": ("sft", "other"), "silence": ("sft", "silence"), "dpo": ("dpo", "right")}  # system: model of the run, and what it hears

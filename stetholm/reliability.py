@@ -12,7 +12,6 @@ import re
 import numpy as np
 import pandas as pd
 
-from .audio import standardise
 from .config import StethoError
 from .encoder import Features
 from .intervals import draw_patients, interval, rates

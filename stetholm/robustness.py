@@ -17,7 +17,7 @@ from .audio import load_audio
 from .config import Profile, StethoError
 from .encoder import embed_frames
 from .model import StethoLM
-from .scores import MEAN, labelled, scores_of, verdict_draws
+from .scores import labelled, scores_of, verdict_draws
 
 # %% ../nbs/12f_robustness.ipynb #7ba8d93b
 AS_IS = "as it is"
