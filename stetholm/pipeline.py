@@ -44,7 +44,7 @@ def main():
 def _fail(line, code): print(line, file=sys.stderr); return code
 
 # %% ../nbs/15_pipeline.ipynb #15-007
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 # %% ../nbs/15_pipeline.ipynb #15-009
 @app.command()

@@ -9,6 +9,7 @@ __all__ = ['training_rows', 'Collator', 'length_grouped', 'LengthGrouped', 'Lean
 # %% ../nbs/08b_training.ipynb #08b-002
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -133,16 +134,18 @@ def in_parts(
     n:int,        # units of a batch that stay together, as rows or pairs
     tokens:int,   # padded, of the batch
     most:int,     # that go through the model at once; 0: all
+    abreast:int=1,  # parts that do so side by side
 ) -> list:        # of ranges that make up range(n)
     "The fewest equal parts of a batch, the last one perhaps smaller"
-    size = -(-n//-(-tokens//(most or tokens)))
+    size = -(-n//(abreast*-(-tokens//(most or tokens))))
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 class AnswerTrainer(SFTTrainer):
     "SFTTrainer with the model's own loss and batches of rows of one length"
-    def __init__(self, *args, watching=None, part_tokens=0, **kw):
+    def __init__(self, *args, watching=None, part_tokens=0, abreast=1, **kw):
         super().__init__(*args, **kw)
-        self.watching, self.part_tokens = watching, part_tokens  # collator of validation rows; padded tokens that go through the model at once, 0: all
+        self.watching, self.part_tokens, self.abreast = watching, part_tokens, abreast  # collator of validation rows; padded tokens that go through the model at once, 0: all; parts that do so side by side
+        self.pool = ThreadPoolExecutor(abreast, initializer=torch.set_num_threads, initargs=(1,))
         lean(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -156,10 +159,22 @@ class AnswerTrainer(SFTTrainer):
         finally: self.data_collator = kept
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        "A batch of more than `part_tokens` goes through in parts: its loss is a sum over answer tokens, so the gradient is the same"
-        ids = inputs["input_ids"]; parts = [{k: v[part.start:part.stop] for k, v in inputs.items()} for part in in_parts(len(ids), ids.numel(), self.part_tokens)]
+        "A batch goes through in parts: its loss is a sum over answer tokens, so the gradient is the same"
+        ids = inputs["input_ids"]; parts = [{k: v[part.start:part.stop] for k, v in inputs.items()} for part in in_parts(len(ids), ids.numel(), self.part_tokens, self.abreast)]
+        if self.abreast > 1 and len(parts) > 1: return self._side_by_side(model, parts, num_items_in_batch)
         with self.accelerator.no_sync(model): losses = [super(AnswerTrainer, self).training_step(model, part, num_items_in_batch) for part in parts[:-1]]
         return sum(losses, super().training_step(model, parts[-1], num_items_in_batch))
+
+    def _side_by_side(self, model, parts, count):
+        model.train(); total, wanted = 0., [q for q in model.parameters() if q.requires_grad]
+        def one(part):
+            with self.compute_loss_context_manager(): loss = self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=count)
+            return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
+        for loss, slopes in self.pool.map(one, parts):  # summed in the order of the parts, so that the sum is the same every time
+            total = total + loss
+            for q, slope in zip(wanted, slopes):
+                if slope is not None: q.grad = slope.contiguous() if q.grad is None else q.grad.add_(slope)  # AdamW's fused step takes a gradient's memory as it lies
+        return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Mean negative log-probability of the answer tokens"
@@ -235,15 +250,18 @@ def fit(
     callbacks:list=(),      # further ones
 ) -> tuple:                 # (best model, log: rows of step, loss, eval_loss)
     "Supervised training on answers, with trl"
-    encoder, full = lm.model.model.audio_encoder, peft_config and peft_config.modules_to_save or ()
-    if not augmented and "audio_encoder" not in full and not any(q.requires_grad for q in encoder.parameters()): features = Embedded(encoder, features, [*rows["recording_ids"], *watched["recording_ids"]])
+    encoder, full, threads = lm.model.model.audio_encoder, peft_config and peft_config.modules_to_save or (), torch.get_num_threads()
+    once = not augmented and "audio_encoder" not in full and not any(q.requires_grad for q in encoder.parameters())
+    if once: features = Embedded(encoder, features, [*rows["recording_ids"], *watched["recording_ids"]])
+    alone = device() == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and not profile.sft_checkpointing and not (peft_config and peft_config.lora_dropout)
     collator, often = Collator(lm.processor, features, profile.seed if augmented else None), max(1, -(-steps//profile.sft_evaluations))
     settings = trainer_settings(profile, folder, steps, learning_rate=lr, per_device_train_batch_size=batch, per_device_eval_batch_size=2*batch, gradient_accumulation_steps=accumulation,
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", include_num_input_tokens_seen="non_padding", max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator,
-                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
+                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, abreast=threads if once and alone else 1, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)  # `Report` says it in one line
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    with trainer.pool: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    torch.set_num_threads(threads)  # what the threads of the pool had set for those that come after
     log = pd.DataFrame([{k: float(h[k]) for k in ("step", "loss", "eval_loss") if k in h} for h in trainer.state.log_history if {"loss", "eval_loss"} & set(h)])
     return trainer.model, log

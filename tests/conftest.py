@@ -14,7 +14,7 @@ from stetholm.pipeline import ENVIRONMENT
 REPO = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("stetholm")
 
-os.environ |= ENVIRONMENT
+for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
 
 
 def pytest_configure(config):
