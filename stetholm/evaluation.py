@@ -83,7 +83,7 @@ def evaluation(
     answers, verdicts, lm = ask_models(run, asked, known, answers_of(run))
     answers += ask_controls(run, asked)
     hearing = pd.read_parquet(run/"hearing.parquet").replace({"model": HEARD})
-    verdicts = with_recordings(pd.concat([hearing, *verdicts], ignore_index=True), table, Features(run/"features"))
+    verdicts = with_recordings(pd.concat([hearing, *verdicts], ignore_index=True), table, Features(run/"features")).round({"p_abnormal": 6})  # as the file has them: what is equal there is a tie here too
     predictions, handled = complete(pd.DataFrame(answers), asked)
     print(handled, flush=True)
     p_of = verdicts.set_index(["model", "recording_id"]).p_abnormal
@@ -92,7 +92,7 @@ def evaluation(
     scores, differences = scores_of(drawn), differences_of(drawn, [*AGAINST, *((m, "sft") for m in HEARING if m not in HEARD)])
     harder = robustness(lm, "dpo", known[known.distribution == "in_domain"], p)
     with write_whole(run/"predictions.jsonl") as tmp: predictions.to_json(tmp, orient="records", lines=True, force_ascii=False)
-    with write_whole(run/"verdicts.csv") as tmp: verdicts.round({"p_abnormal": 6}).to_csv(tmp, index=False)
+    with write_whole(run/"verdicts.csv") as tmp: verdicts.to_csv(tmp, index=False)
     for name, t in (("scores", scores), ("differences", differences), ("robustness", harder)):
         with write_whole(run/f"{name}.parquet") as tmp: t.to_parquet(tmp, index=False)
     write_json(run/"metrics.json", metrics(run, scores, differences, len(asked)))
