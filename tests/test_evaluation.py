@@ -1,6 +1,6 @@
 "Answers and scores: over processes and after a kill the same, and the committed numbers out of the committed files"
-import re
 import json
+import re
 import shutil
 import subprocess
 import sys
