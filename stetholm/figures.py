@@ -259,7 +259,7 @@ def answers(
     lines = read_lines(run/"predictions.jsonl").drop(columns=["seconds", "filename", "engine", "template"], errors="ignore").to_json(orient="records", lines=True, force_ascii=False)
     with write_whole(folder/"predictions.jsonl.gz") as tmp: tmp.write_bytes(gzip.compress(lines.encode(), mtime=0))
     with write_whole(folder/"verdicts.csv.gz") as tmp: tmp.write_bytes(gzip.compress((run/"verdicts.csv").read_bytes(), mtime=0))
-    for name in ("scores", "differences"): pd.read_parquet(run/f"{name}.parquet").round(4).to_csv(folder/f"{name}.csv", index=False)
+    for name in ("scores", "differences"): pd.read_parquet(run/f"{name}.parquet").round(6).to_csv(folder/f"{name}.csv", index=False)
 
 @stage("figures")
 def figures(

@@ -134,7 +134,7 @@ def in_parts(
     n:int,        # units of a batch that stay together, as rows or pairs
     tokens:int,   # padded, of the batch
     most:int,     # that go through the model at once; 0: all
-    abreast:int=1,  # parts that do so side by side
+    abreast:int=1, # parts that do so side by side
 ) -> list:        # of ranges that make up range(n)
     "The fewest equal parts of a batch, the last one perhaps smaller"
     size = -(-n//(abreast*-(-tokens//(most or tokens))))
@@ -253,15 +253,16 @@ def fit(
     encoder, full, threads = lm.model.model.audio_encoder, peft_config and peft_config.modules_to_save or (), torch.get_num_threads()
     once = not augmented and "audio_encoder" not in full and not any(q.requires_grad for q in encoder.parameters())
     if once: features = Embedded(encoder, features, [*rows["recording_ids"], *watched["recording_ids"]])
-    alone = device() == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and not profile.sft_checkpointing and not (peft_config and peft_config.lora_dropout)
+    beside = once and not (peft_config and peft_config.lora_dropout) and device() == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and not profile.sft_checkpointing
     collator, often = Collator(lm.processor, features, profile.seed if augmented else None), max(1, -(-steps//profile.sft_evaluations))
     settings = trainer_settings(profile, folder, steps, learning_rate=lr, per_device_train_batch_size=batch, per_device_eval_batch_size=2*batch, gradient_accumulation_steps=accumulation,
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", include_num_input_tokens_seen="non_padding", max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator,
-                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, abreast=threads if once and alone else 1, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
+                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, abreast=threads if beside else 1, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)  # `Report` says it in one line
-    with trainer.pool: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    torch.set_num_threads(threads)  # what the threads of the pool had set for those that come after
+    try:
+        with trainer.pool: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    finally: torch.set_num_threads(threads)  # the pool's threads have set one for all that are begun later
     log = pd.DataFrame([{k: float(h[k]) for k in ("step", "loss", "eval_loss") if k in h} for h in trainer.state.log_history if {"loss", "eval_loss"} & set(h)])
     return trainer.model, log

@@ -74,21 +74,26 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     same(trained(tmp_path/"one", 4, 2), trained(tmp_path/"two", 4, 1, launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")), 1e-4)
 
 
-def test_parts_of_a_batch_and_recordings_encoded_once_change_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def threads():
+    "Sets how many threads torch has, until the test is over"
+    was = torch.get_num_threads(); yield torch.set_num_threads
+    torch.set_num_threads(was)
+
+
+def test_parts_of_a_batch_and_recordings_encoded_once_change_nothing(tmp_path, monkeypatch, threads):
     def learn(name, part_tokens, cores=1):
-        torch.set_num_threads(cores); lm, pairs = build()
+        threads(cores); lm, pairs = build()
         rows, passes = training_rows(pairs, lm.processor, Noises(), 200), []
         frames = type(lm.model.model.audio_encoder).frames
         monkeypatch.setattr(type(lm.model.model.audio_encoder), "frames", lambda self, mel: passes.append(len(mel)) or frames(self, mel))
         model, log = fit(lm, rows, rows, Noises(), replace(P, sft_part_tokens=part_tokens), tmp_path/name, 6, 1e-2, 8, peft_config=lora(P, ["projector"]), augmented=False)
         monkeypatch.undo()
         return log[["loss", "eval_loss"]].to_numpy(), [q.detach() for q in model.parameters() if q.requires_grad], sum(passes)
-    threads = torch.get_num_threads()
     (whole, weights, once), (parts, others, _), (beside, mine, _), (anew, equal, _) = learn("whole", 0), learn("parts", 1), learn("beside", 150, 3), learn("anew", 150, 3)
     assert torch.get_num_threads() == 3 and all(torch.equal(a, b) for a, b in zip(mine, equal)), "side by side, and the same every time"
     monkeypatch.setattr(training, "Embedded", lambda encoder, features, ids: features)
     again, kept, often = learn("again", 0)
-    torch.set_num_threads(threads)
     for losses, learnt in ((parts, others), (beside, mine), (again, kept)):
         np.testing.assert_allclose(whole, losses, atol=1e-4)
         for a, b in zip(weights, learnt): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
