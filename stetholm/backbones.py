@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 
 from .config import Profile, StethoError, cache_folder, file_hash, read_json, write_json, write_whole
 from .encoder import AudioEncoder
-from .model import AUDIO_TOKEN, StethoLM, StethoLMConfig, StethoLMFeatureExtractor, StethoLMForConditionalGeneration, StethoLMProcessor
+from .model import StethoLM, StethoLMConfig, StethoLMForConditionalGeneration
 from .probes import LabelProbe
+from .processor import AUDIO_TOKEN, StethoLMFeatureExtractor, StethoLMProcessor
 
 # %% ../nbs/08a_backbones.ipynb #08-005
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

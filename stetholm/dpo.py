@@ -23,7 +23,8 @@ from .augmentations import DEGRADATIONS, degrade
 from .audit import load_recordings, note_training
 from .config import Profile, StethoError, write_whole
 from .encoder import Features
-from .model import StethoLM, StethoLMProcessor
+from .model import StethoLM
+from .processor import StethoLMProcessor
 from .run import Run, checkpoints, stage
 from .sft import lora
 from .training import Collator, Embedded, Report, in_parts, last_checkpoint, lean, trainer_settings

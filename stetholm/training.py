@@ -26,7 +26,8 @@ from trl import SFTConfig, SFTTrainer
 from .augmentations import augment
 from .config import Profile, StethoError
 from .encoder import AudioEncoder, Features, embed_frames
-from .model import StethoLM, StethoLMProcessor
+from .model import StethoLM
+from .processor import StethoLMProcessor
 from .run import device, dtype
 
 # %% ../nbs/08b_training.ipynb #08b-005

@@ -20,7 +20,8 @@ from stetholm import training
 from stetholm.audio import recording_features
 from stetholm.config import StethoError
 from stetholm.encoder import ColaHead, cola_loss, new_encoder, pretrain
-from stetholm.model import StethoLM, StethoLMProcessor, answer
+from stetholm.model import StethoLM, answer
+from stetholm.processor import StethoLMProcessor
 from stetholm.sft import lora
 from stetholm.training import Collator, fit, last_checkpoint, trainer_settings, training_rows
 from train_tiny import P, Noises, build
