@@ -20,6 +20,7 @@ from .augmentations import FLOOR
 from .config import Profile, StethoError, write_whole
 from .encoder import AudioEncoder, Features, embed_frames
 from .model import StethoLM, answer, p_abnormal
+from .run import abreast, side_by_side
 from .scores import verdict_question
 
 # %% ../nbs/12e_answering.ipynb #27ce2c36
@@ -70,22 +71,25 @@ def predict(
 ) -> list:               # one row a question that this process, or another before, has answered: pair_id, model, generated, seconds
     "The system's answers: greedy, or by beams; batched, left-padded, none dropped"
     from accelerate import PartialState
-    state, size, sounds = PartialState(), profile.evaluation_batch, heard or {}
+    state, n, sounds = PartialState(), abreast(), heard or {}; size = -(-profile.evaluation_batch//n)
     alike = pairs.assign(n=pairs.instruction.str.len(), key=[(q, *(id(sounds[i]) for i in r if heard is not None)) for q, r in zip(pairs.instruction, pairs.recording_ids)]).sort_values(["n", "pair_id"])
     order, ids = alike.drop_duplicates("key"), alike.groupby("key").pair_id.agg(list)
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     rows = kept.rows(name) if kept else []; done = {r["pair_id"] for r in rows}
-    for start in list(range(0, len(order), size))[state.process_index::state.num_processes]:
-        part = order.iloc[start:start + size]; asked = [i for k in part.key for i in ids[k]]
-        if done.issuperset(asked): continue
+    parts = [order.iloc[start:start + size] for start in range(0, len(order), size)][state.process_index::state.num_processes]
+    parts = [part for part in parts if not done.issuperset(i for k in part.key for i in ids[k])]
+    def ask(part):
         begun = time.perf_counter()
         audio = [[sounds[i] for i in r] if heard is not None else [] for r in part.recording_ids]
         said = answer(lm.model, lm.processor, lm.processor(list(part.instruction), audio), profile.evaluation_max_tokens, **decoding)
-        seconds = round((time.perf_counter() - begun)/len(asked), 3)
-        new = [dict(pair_id=i, model=name, generated=s, seconds=seconds) for k, s in zip(part.key, said) for i in ids[k]]
-        if kept: kept.add(new)
-        rows += new
-        print(f"{name}: {min(start + size, len(order))}/{len(order)} answered", flush=True)
+        new = [dict(pair_id=i, model=name, generated=s) for k, s in zip(part.key, said) for i in ids[k]]
+        seconds = round((time.perf_counter() - begun)/n/len(new), 3)
+        return [dict(r, seconds=seconds) for r in new]
+    with side_by_side(n) as pool:
+        for i, new in enumerate(pool.map(ask, parts), 1):
+            if kept: kept.add(new)
+            rows += new
+            print(f"{name}: {i}/{len(parts)} batches answered", flush=True)
     return rows
 
 # %% ../nbs/12e_answering.ipynb #f829e584
@@ -97,11 +101,12 @@ def predict_verdicts(
     batch:int,           # recordings at once
 ) -> pd.DataFrame:       # recording_id, model, p_abnormal
     "P(abnormal) of each recording"
-    asked, out = table if heard is not None else table.drop_duplicates("domain"), []  # without audio, all recordings of a domain are one question
-    for start in range(0, len(asked), batch):
-        part = asked.iloc[start:start + batch]
+    asked = table if heard is not None else table.drop_duplicates("domain")  # without audio, all recordings of a domain are one question
+    n = abreast(); size = -(-batch//n)
+    def ask(part):
         audio = [[heard[i]] if heard is not None else [] for i in part.recording_id]
-        out += p_abnormal(lm.model, lm.processor, lm.processor([verdict_question(d) for d in part.domain], audio)).tolist()
+        return p_abnormal(lm.model, lm.processor, lm.processor([verdict_question(d) for d in part.domain], audio)).tolist()
+    with side_by_side(n) as pool: out = [p for part in pool.map(ask, [asked.iloc[start:start + size] for start in range(0, len(asked), size)]) for p in part]
     by = "recording_id" if heard is not None else "domain"
     return pd.DataFrame({"recording_id": table.recording_id.to_numpy(), "model": name, "p_abnormal": table[by].map(dict(zip(asked[by], out))).to_numpy()})
 

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'ENVIRONMENT', 'SECONDS', 'ProfileName', 'RealRecordings', 'InEveryVariant', 'OnlyVariants', 'TableFile',
-           'main', 'reproduce', 'stages', 'ablate', 'publish', 'objectives', 'ask', 'newest_model', 'synthesize',
-           'evaluate', 'answer', 'score']
+           'main', 'reproduce', 'stages', 'ablate', 'publish', 'objectives', 'ask', 'newest_model']
 
 # %% ../nbs/15_pipeline.ipynb #15-002
-import json
 import os
 import shutil
 import sys
@@ -18,13 +16,15 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .config import STAGES, StethoError, cache_folder, read_json, stages_between, write_whole
+from .answer_commands import answers, overrides_of, quiet
+from .config import STAGES, StethoError, read_json, stages_between, write_whole
 from .data_commands import data
 from .run import is_current, open_run, package_folder, run_note, runs_folder
 
 # %% ../nbs/15_pipeline.ipynb #15-005
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="StethoLM: an audio language model for heart and lung sounds. Not for clinical use. Add --debug to any command for a traceback.")
+app.add_typer(answers)
 app.add_typer(data, name="data")
 
 def main():
@@ -57,7 +57,7 @@ def reproduce(
     changes: Annotated[Optional[List[str]], typer.Option("--set", help="key=value, a profile field to change; may be repeated")] = None,
 ):
     "Run the study: every stage notebook in order, skipping those that are up to date"
-    overrides = _overrides(changes)
+    overrides = overrides_of(changes)
     wanted = stages_between(first, until)
     this = open_run(profile, run, recordings, overrides)
     before = list(STAGES).index(wanted[0].name)
@@ -80,15 +80,6 @@ def reproduce(
     print(f"done in {(time.perf_counter() - begun)/60:.1f} min: {this.folder}; {say}", flush=True)
 
 # %% ../nbs/15_pipeline.ipynb #15-010
-def _overrides(changes):
-    "['key=value', …] -> {key: value}"
-    out = {}
-    for c in changes or []:
-        key, equals, value = c.partition("=")
-        if not equals: raise StethoError(f"--set wants key=value, not {c!r}")
-        out[key.strip()] = value.strip()
-    return out
-
 SECONDS = dict(audit=43, exploration=16, instructions=11, alignment=530, sft=750, preferences=86, dpo=160, evaluation=470, figures=25)  # of profile mini on two cores
 
 def _clock(begun, wanted, i, last):
@@ -184,9 +175,9 @@ def ablate(
     out: TableFile = "ablations.csv",
 ):
     "The study as far as SFT with one thing changed at a time, as one table; the same command goes on where it was"
-    _quiet()
+    quiet()
     from stetholm.ablations import ablate as run_variants, shown
-    table = run_variants(profile, run, recordings, _overrides(changes), only, lambda line: print(line, flush=True))
+    table = run_variants(profile, run, recordings, overrides_of(changes), only, lambda line: print(line, flush=True))
     with write_whole(Path(out)) as tmp: table.to_csv(tmp, index=False)
     print(shown(table).to_string(index=False), f"\n{len(table)} variants in {out}")
 
@@ -212,9 +203,9 @@ def objectives(
     out: TableFile = "objectives.csv",
 ):
     "SFT, DPO and mDPO on the same pairs, and mDPO against each degradation, as one table"
-    _quiet()
+    quiet()
     from stetholm.objectives import claim, shown, study
-    table = study(profile, run, recordings, _overrides(changes), only, lambda line: print(line, flush=True))
+    table = study(profile, run, recordings, overrides_of(changes), only, lambda line: print(line, flush=True))
     with write_whole(Path(out)) as tmp: table.to_csv(tmp, index=False)
     print(shown(table).to_string(index=False), *(claim(table, m) for m in table.model.unique() if m in ("DPO", "mDPO", "mDPO, paper's weights")), f"{table.model.nunique()} variants in {out}", sep="\n")
 
@@ -232,17 +223,12 @@ def ask(
     folder = Path(model) if model else newest_model()
     from stetholm.audio import read_audio
     for c in clips: read_audio(c)
-    _quiet()
+    quiet()
     from stetholm.model import StethoLM
     said = StethoLM.from_pretrained(folder).ask(clips, question)
     print(said["text"] or "(the model gave no answer)")
     for c, p in zip(clips, said["p_abnormal"]): print(f"P(abnormal) {p:.2f}  {c}")
     print(f"model {_origin(folder)}; {said['task'] or 'unknown'} question; not for clinical use")
-
-def _quiet():
-    "No bar while weights are loaded, which takes less than a second"
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
 
 def newest_model() -> Path:
     "The last trained model in runs/. Raises `StethoError` if there is none."
@@ -256,140 +242,3 @@ def _origin(folder):
     if not note.exists(): return str(folder)
     n = read_json(note)
     return f"{folder.name} of run {folder.resolve().parent.name} (profile {n['profile']['name']}, trained on {n['recordings']['data']})"
-
-# %% ../nbs/15_pipeline.ipynb #15-019
-@app.command()
-def synthesize(
-    table: Annotated[str, typer.Argument(help="recordings.parquet")],
-    out: Annotated[str, typer.Option("-o", help="table to write: .parquet; .jsonl as the authors' code reads it; a folder for Hugging Face datasets")] = "stethobench.parquet",
-    per_task: Annotated[int, typer.Option(help="rounds of questions a recording")] = 1,
-    seed: Annotated[int, typer.Option(help="of the wordings")] = 0,
-    workers: Annotated[int, typer.Option(help="processes; the pairs do not depend on it")] = 1,
-    card: Annotated[Optional[str], typer.Option(help="folder for the benchmark card and Croissant metadata")] = None,
-    endpoint: Annotated[Optional[str], typer.Option(help="OpenAI-compatible address, as http://localhost:8000/v1, of a model that rewrites the pairs; its key is read from $STETHOLM_API_KEY")] = None,
-    model: Annotated[str, typer.Option(help="its name there")] = "",
-    per_minute: Annotated[float, typer.Option(help="requests a minute; 0: as fast as it answers")] = 0,
-    prices: Annotated[str, typer.Option(help="of a million prompt and completion tokens, as 0.15,0.60")] = "0,0",
-):
-    "Instruction-response pairs from a recordings table"
-    from stetholm.instructions import PAIRS, synthesize as make, without_pairs
-    from stetholm.recordings import RECORDINGS, read_table, write_table
-    if Path(out).suffix not in (".parquet", ".jsonl", ""): raise StethoError(f"-o {out}: pairs are written as .parquet, as .jsonl, or into a folder without an ending")
-    if card and not out.endswith(".parquet"): raise StethoError(f"--card describes a .parquet: write the pairs to one instead of {out}")
-    if bool(endpoint) != bool(model): raise StethoError("a language model is asked with --endpoint and --model together")
-    recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
-    pairs = make(recordings, per_task, seed, workers)
-    if endpoint: pairs = _rewritten(pairs, endpoint, model, per_minute, prices)
-    if out.endswith(".parquet"): write_table(pairs, out, PAIRS)
-    else:
-        from stetholm.exchange import write_bench, write_dataset
-        (write_bench if out.endswith(".jsonl") else write_dataset)(pairs, recordings, out)
-    print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {pairs.recording_ids.explode().nunique()} of {len(recordings)} recordings, in {out}")
-    for row in without_pairs(recordings, pairs).itertuples(): print(f"{row.recordings} recordings of {row.source} gave no pair: {row.why}")
-    if card:
-        from stetholm.bench_card import write_bench_card
-        licences = recordings.reset_index(drop=True).groupby("source").licence.unique().map(sorted).to_dict()
-        print(f"{', '.join(write_bench_card(pairs, out, card, Path(out).stem, licences))} in {card}")
-
-def _rewritten(pairs, endpoint, model, per_minute, prices):
-    "The pairs in a model's words, with a line on what was refused and what it cost"
-    from stetholm.instructions import engine_llm
-    from stetholm.llm import Chat, Endpoint
-    try: price_in, price_out = map(float, prices.split(","))
-    except ValueError: raise StethoError(f"--prices {prices}: two numbers with a comma between them") from None
-    chat = Chat(Endpoint(endpoint, model, per_minute=per_minute, price_in=price_in, price_out=price_out), cache_folder()/"replies.sqlite")
-    pairs, report = engine_llm(pairs, chat)
-    use, refused = chat.usage, report.faults.explode().dropna().value_counts()
-    print(f"{report.accepted.sum()} pairs in the words of {model}, {(~report.accepted).sum()} kept as they were; {use['requests']} requests, {use['cached']} replies out of the cache, {use['prompt_tokens']} + {use['completion_tokens']} tokens, cost {use['cost']:.4f}")
-    for fault, n in refused.head(8).items(): print(f"refused {n} times: {fault}")
-    return pairs
-
-# %% ../nbs/15_pipeline.ipynb #44fa416d
-@app.command()
-def evaluate(
-    run: Annotated[str, typer.Option(help="run folder's name")],
-    changes: Annotated[Optional[List[str]], typer.Option("--set", help="evaluation_…=value")] = None,
-):
-    "Answer and score the test questions again with a run's trained models"
-    for k in (new := _overrides(changes)):
-        if not k.startswith("evaluation_"): raise StethoError(f"evaluate changes evaluation_… fields only, not {k!r}")
-    this = _opened(run, new)
-    _quiet()
-    from accelerate import PartialState
-    from stetholm.evaluation import answers_of, ask_models, evaluation, questions_of
-    state = PartialState()
-    if state.num_processes > 1:  # each answers its share; the first then finds all answers there
-        asked = questions_of(this); ask_models(this, asked, asked.head(0), answers_of(this)); state.wait_for_everyone()
-        if not state.is_main_process: return
-    _print_scores(evaluation(this))
-
-def _opened(run, changes=None):
-    "A run as it was made, with some of its fields changed"
-    folder = runs_folder()/run
-    if not (folder/"run.json").is_file(): raise StethoError(f"no run {run!r} in {runs_folder()}")
-    note = read_json(folder/"run.json")
-    return open_run(note["profile"]["name"], run, note["recordings_path"], {k: v for k, v in note["profile"].items() if k != "name"} | (changes or {}))
-
-@app.command()
-def answer(
-    model: Annotated[str, typer.Argument(help="a Hugging Face audio language model of the Qwen2-Audio kind: its name, or a folder")],
-    run: Annotated[str, typer.Option(help="run whose test questions it answers")],
-    out: Annotated[str, typer.Option("-o", help="file to write")] = "answers.jsonl",
-    batch: Annotated[int, typer.Option(help="questions at once")] = 8,
-    cut: Annotated[bool, typer.Option("--cut", help="hear the first 30 s of a longer recording, and say so, instead of refusing it")] = False,
-):
-    "Ask another audio language model a run's test questions"
-    this = _opened(run)
-    _quiet()
-    from stetholm.audit import load_recordings
-    from stetholm.evaluation import questions_of
-    from stetholm.others import AudioLM
-    asked, lm = questions_of(this), AudioLM.from_pretrained(model)
-    rows = lm.answers(asked, load_recordings(this), batch, this.profile.evaluation_max_tokens, cut)
-    with write_whole(Path(out)) as tmp: tmp.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in rows))
-    print(f"{len(rows)} answers in {out}; next: stetholm score {out} --questions {this/'predictions.jsonl'}")
-
-# %% ../nbs/15_pipeline.ipynb #49d306aa
-@app.command()
-def score(
-    predictions: Annotated[str, typer.Argument(help="answers: predictions.jsonl of a run, or lines of pair_id and generated; .gz too")],
-    questions: Annotated[Optional[str], typer.Option(help="what was asked, where the answers do not say it: stethobench.parquet, or predictions.jsonl of a run")] = None,
-    verdicts: Annotated[Optional[str], typer.Option(help="verdicts.csv of a run: P(abnormal) is scored too")] = None,
-    out: Annotated[Optional[str], typer.Option("-o", help="csv to write with every score")] = None,
-    differences: Annotated[Optional[str], typer.Option(help="csv to write with every system less every other one, paired, with p-values")] = None,
-    bertscore: Annotated[str, typer.Option(help="its encoder: minilm, or roberta-large where its weights are")] = "minilm",
-    endpoint: Annotated[Optional[str], typer.Option(help="OpenAI-compatible address of a model that grades the answers too; its key is read from $STETHOLM_API_KEY")] = None,
-    model: Annotated[str, typer.Option(help="its name there")] = "",
-    resamples: Annotated[int, typer.Option(help="of the bootstrap over patients")] = 2000,
-    seed: Annotated[int, typer.Option(help="of its draws")] = 0,
-):
-    "Score answers from their file, without the model that gave them"
-    import itertools
-    import pandas as pd
-    from stetholm.scores import agreement, answer_draws, complete, differences_of, judge_twice, read_lines, scores_of, verdict_draws
-    if bool(endpoint) != bool(model): raise StethoError("a judge is asked with --endpoint and --model together")
-    if verdicts and not Path(verdicts).is_file(): raise StethoError(f"no verdicts at {verdicts}")
-    asked = None
-    if questions: asked = pd.read_parquet(questions).query("split == 'test'") if questions.endswith(".parquet") else read_lines(questions)
-    answers, handled = complete(read_lines(predictions), asked, Path(predictions).name.split(".")[0])
-    _quiet()
-    drawn = answer_draws(answers, resamples, seed, bertscore)
-    if verdicts: drawn |= verdict_draws(pd.read_csv(verdicts), resamples, seed)
-    scores, systems = scores_of(drawn), list(answers.model.unique())
-    for file, make in ((out, lambda: scores), (differences, lambda: differences_of(drawn, list(itertools.permutations(systems, 2))))):
-        if not file: continue
-        with write_whole(Path(file)) as tmp: make().round(6).to_csv(tmp, index=False)
-    _print_scores(scores); print(handled)
-    if endpoint:
-        from stetholm.llm import Chat, Endpoint
-        graded = judge_twice(answers, Chat(Endpoint(endpoint, model, temperature=0.), cache_folder()/"replies.sqlite"))
-        print(agreement(graded).round(3).to_string(index=False))
-
-def _print_scores(scores):
-    "The overall scores of every system, a metric a line"
-    from stetholm.scores import MEAN, OVER
-    head = scores[scores.dataset.isin(["all", MEAN]) & scores.task.isin(["all", OVER, "P(abnormal)", "safety"])]
-    for s in head.itertuples():
-        interval = "" if s.lo != s.lo else f" [{s.lo:.3f}, {s.hi:.3f}]"
-        over = f"{s.task}, {s.dataset}" if s.dataset != "all" else s.task
-        print(f"{s.model:24} {s.distribution:10} {over:28} {s.metric:46} {s.value:.3f}{interval}  n={s.n}, patients={s.n_patients}")

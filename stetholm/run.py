@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['package_folder', 'runs_folder', 'code_hash', 'Run', 'open_run', 'run_note', 'versions', 'hardware', 'git_commit',
-           'stage', 'stage_key', 'checkpoints', 'is_current', 'peak_memory', 'set_seed', 'device', 'dtype']
+           'stage', 'stage_key', 'checkpoints', 'is_current', 'peak_memory', 'set_seed', 'device', 'dtype', 'abreast',
+           'side_by_side']
 
 # %% ../nbs/00a_run.ipynb #00-002
 import contextlib
@@ -244,3 +245,20 @@ def dtype(
     if profile.dtype != "auto": raise StethoError(f"profile key 'dtype' wants float32, bfloat16 or auto, not {profile.dtype!r}")
     native = torch.cuda.is_available() or (platform.machine() == "x86_64" and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32
+
+def abreast() -> int:
+    "How many batches are best worked on at once: on a CPU one for each of torch's threads, which are slower together at one small batch after the other; else, and where processes share the work, one"
+    import torch
+    return torch.get_num_threads() if device() == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) == 1 else 1
+
+@contextlib.contextmanager
+def side_by_side(
+    n:int,  # workers
+):
+    "A pool of `n` threads that have torch's threads between them"
+    import torch
+    from concurrent.futures import ThreadPoolExecutor
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(max(1, threads//n),)) as pool: yield pool
+    finally: torch.set_num_threads(threads)  # the workers have set their number for all threads that are begun later

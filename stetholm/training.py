@@ -9,7 +9,6 @@ __all__ = ['training_rows', 'Collator', 'length_grouped', 'LengthGrouped', 'Lean
 # %% ../nbs/08b_training.ipynb #08b-002
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from .config import Profile, StethoError
 from .encoder import AudioEncoder, Features, embed_frames
 from .model import StethoLM
 from .processor import StethoLMProcessor
-from .run import device, dtype
+from .run import abreast, device, dtype, side_by_side
 
 # %% ../nbs/08b_training.ipynb #08b-005
 def training_rows(
@@ -145,8 +144,7 @@ class AnswerTrainer(SFTTrainer):
     "SFTTrainer with the model's own loss and batches of rows of one length"
     def __init__(self, *args, watching=None, part_tokens=0, abreast=1, **kw):
         super().__init__(*args, **kw)
-        self.watching, self.part_tokens, self.abreast = watching, part_tokens, abreast  # collator of validation rows; padded tokens that go through the model at once, 0: all; parts that do so side by side
-        self.pool = ThreadPoolExecutor(abreast, initializer=torch.set_num_threads, initargs=(1,))
+        self.watching, self.part_tokens, self.abreast, self.pool = watching, part_tokens, abreast, None  # collator of validation rows; padded tokens that go through the model at once, 0: all; parts that do so side by side, and the threads for them
         lean(self.model)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -251,19 +249,17 @@ def fit(
     callbacks:list=(),      # further ones
 ) -> tuple:                 # (best model, log: rows of step, loss, eval_loss)
     "Supervised training on answers, with trl"
-    encoder, full, threads = lm.model.model.audio_encoder, peft_config and peft_config.modules_to_save or (), torch.get_num_threads()
+    encoder, full = lm.model.model.audio_encoder, peft_config and peft_config.modules_to_save or ()
     once = not augmented and "audio_encoder" not in full and not any(q.requires_grad for q in encoder.parameters())
     if once: features = Embedded(encoder, features, [*rows["recording_ids"], *watched["recording_ids"]])
-    beside = once and not (peft_config and peft_config.lora_dropout) and device() == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) == 1 and not profile.sft_checkpointing
+    beside = once and not (peft_config and peft_config.lora_dropout) and not profile.sft_checkpointing
     collator, often = Collator(lm.processor, features, profile.seed if augmented else None), max(1, -(-steps//profile.sft_evaluations))
     settings = trainer_settings(profile, folder, steps, learning_rate=lr, per_device_train_batch_size=batch, per_device_eval_batch_size=2*batch, gradient_accumulation_steps=accumulation,
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", include_num_input_tokens_seen="non_padding", max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator,
-                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, abreast=threads if beside else 1, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
+                            watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, abreast=abreast() if beside else 1, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)  # `Report` says it in one line
-    try:
-        with trainer.pool: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    finally: torch.set_num_threads(threads)  # the pool's threads have set one for all that are begun later
+    with side_by_side(trainer.abreast) as trainer.pool: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     log = pd.DataFrame([{k: float(h[k]) for k in ("step", "loss", "eval_loss") if k in h} for h in trainer.state.log_history if {"loss", "eval_loss"} & set(h)])
     return trainer.model, log
