@@ -90,12 +90,12 @@ test-notebooks: $(READY)
 	echo "  $$(( $$(date +%s) - start )) s"
 	exit $$status
 
-# First what is timed, with nothing beside it; then the rest over two processes, which read the smoke run of the first. pytest says itself how long it took, in its last line
+# First what is timed, with nothing beside it; then the rest over two processes of one thread each, which read the smoke run of the first. pytest says itself how long it took, in its last line
 test-package: $(READY)
 	@echo "test: the package"
 	STETHOLM_SMOKE=$$(mktemp -d); export STETHOLM_SMOKE; trap 'rm -rf "$$STETHOLM_SMOKE"' EXIT
 	$(BIN)/python -m pytest tests -q -m timed
-	$(BIN)/python -m pytest tests -q -m "not timed" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m "not timed" -n 2 --dist loadfile
 
 lab: $(READY)  ## open the notebooks
 	@$(BIN)/jupyter lab $(ARGS) nbs

@@ -27,7 +27,7 @@ class Shell:
     def __init__(self,
         folder:Path):  # holds both
         self.runs, self.cwd = folder/"runs", folder
-        self.environment = {**os.environ, "STETHOLM_RUNS": str(self.runs)}
+        self.environment = {**os.environ, "STETHOLM_RUNS": str(self.runs), "OMP_NUM_THREADS": "1"}  # one number of threads for all: sums of many threads differ in their last digits
 
     def __call__(self,
         *words,  # of the command line
