@@ -99,16 +99,17 @@ def predict_verdicts(
     table:pd.DataFrame,  # recordings
     heard:dict,          # recording_id to its windows or their embeddings; None: the system hears nothing
     batch:int,           # recordings at once
+    known:dict=None,     # what the same model has said so far; it is added to
 ) -> pd.DataFrame:       # recording_id, model, p_abnormal
-    "P(abnormal) of each recording"
-    asked = table if heard is not None else table.drop_duplicates("domain")  # without audio, all recordings of a domain are one question
-    n = abreast(); size = -(-batch//n)
+    "P(abnormal) of each recording. One question about one sound is asked once: what no system hears, and what another has heard already."
+    known, n = {} if known is None else known, abreast(); size = -(-batch//n)
+    sounds = [heard[i] if heard is not None else None for i in table.recording_id]; keys = list(zip(table.domain, map(id, sounds)))
+    new = list({k: s for k, s in zip(keys, sounds) if k not in known}.items())
     def ask(part):
-        audio = [[heard[i]] if heard is not None else [] for i in part.recording_id]
-        return p_abnormal(lm.model, lm.processor, lm.processor([verdict_question(d) for d in part.domain], audio)).tolist()
-    with side_by_side(n) as pool: out = [p for part in pool.map(ask, [asked.iloc[start:start + size] for start in range(0, len(asked), size)]) for p in part]
-    by = "recording_id" if heard is not None else "domain"
-    return pd.DataFrame({"recording_id": table.recording_id.to_numpy(), "model": name, "p_abnormal": table[by].map(dict(zip(asked[by], out))).to_numpy()})
+        return p_abnormal(lm.model, lm.processor, lm.processor([verdict_question(d) for (d, _), _ in part], [[s] if s is not None else [] for _, s in part])).tolist()
+    with side_by_side(n) as pool: said = [p for part in pool.map(ask, [new[start:start + size] for start in range(0, len(new), size)]) for p in part]
+    known |= {k: (p, s) for (k, s), p in zip(new, said)}  # with the sound, or another might take its place in memory
+    return pd.DataFrame({"recording_id": table.recording_id.to_numpy(), "model": name, "p_abnormal": [known[k][0] for k in keys]})
 
 # %% ../nbs/12e_answering.ipynb #c71b349a
 def other_recordings(

@@ -179,7 +179,7 @@ STAGES = {s.name: s for s in [
     Stage("figures", "14_figures", ("evaluation", "exploration"), ("figures", "report.html"), "every figure and table of the study"),
 ]}
 MODULES = ("config", "run", "audio", "augmentations", "phantom_heart", "phantom_lung", "stethoscope", "phantom", "vocabulary", "recordings", "lung_sources", "heart_sources", "fetch", "sources", "fingerprints", "card", "audit", "chest", "shift", "exploration", "transfer", "facts", "causes", "reader", "llm", "grammar", "planted", "instructions", "exchange", "quality", "bench_card", "intervals", "encoder", "probes", "opera", "projectors", "processor", "model", "backbones", "training",
-           "alignment", "sft", "scoring", "preferences", "dpo", "clinical", "scores", "reliability", "others", "answering", "robustness", "latex", "evaluation", "model_card", "drawings", "report", "figures", "footprint", "benchmark", "ablations", "objectives", "data_commands", "answer_commands", "pipeline")
+           "alignment", "sft", "scoring", "preferences", "dpo", "clinical", "scores", "reliability", "others", "answering", "robustness", "latex", "evaluation", "model_card", "drawings", "report", "figures", "footprint", "benchmark", "ablations", "objectives", "data_commands", "answer_commands", "ceiling", "pipeline")
 
 # %% ../nbs/00_config.ipynb #00-017
 def stages_between(

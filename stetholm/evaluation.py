@@ -37,12 +37,12 @@ def ask_models(
     p, table, features = run.profile, load_recordings(run), Features(run/"features"); test = table[table.split == "test"]
     swap, answers, verdicts, loaded, encoder = other_recordings(test, p.seed), [], [], None, None
     for system, (name, hears) in MODELS.items():
-        if name != loaded: lm, loaded = load_model(run, name), name
+        if name != loaded: lm, loaded, said = load_model(run, name), name, {}
         now = lm.model.model.audio_encoder.state_dict()
         if encoder is None or any(not torch.equal(v, encoder[k]) for k, v in now.items()): encoder, right = now, heard_by(lm.model.model.audio_encoder, features, test.recording_id)
         heard = {None: lambda: None, "right": lambda: right, "other": lambda: {i: right[j] for i, j in swap.items()}, "silence": lambda: silence(lm.model.model.audio_encoder, right, features)}[hears]()
         answers += predict(lm, system, asked, heard, p if system != "backbone" else replace(p, evaluation_max_tokens=min(FIRST, p.evaluation_max_tokens)), kept)
-        if len(known): verdicts.append(predict_verdicts(lm, system, known, heard, p.evaluation_batch))
+        if len(known): verdicts.append(predict_verdicts(lm, system, known, heard, p.evaluation_batch, said))
     return answers, verdicts, lm
 
 HEARD = {"log-mel statistics probe": "logmel", "encoder k-NN": "neighbour"}  # probes that are controls, too: their answers are in `ask_controls`

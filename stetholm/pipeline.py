@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'ENVIRONMENT', 'SECONDS', 'ProfileName', 'RealRecordings', 'InEveryVariant', 'OnlyVariants', 'TableFile',
-           'main', 'reproduce', 'stages', 'ablate', 'publish', 'objectives', 'ask', 'newest_model']
+           'main', 'reproduce', 'stages', 'ablate', 'ceiling', 'publish', 'objectives', 'ask', 'newest_model']
 
 # %% ../nbs/15_pipeline.ipynb #15-002
 import os
@@ -16,7 +16,7 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .answer_commands import answers, overrides_of, quiet
+from .answer_commands import answers, opened, overrides_of, quiet
 from .config import STAGES, StethoError, read_json, stages_between, write_whole
 from .data_commands import data
 from .run import is_current, open_run, package_folder, run_note, runs_folder
@@ -180,6 +180,18 @@ def ablate(
     table = run_variants(profile, run, recordings, overrides_of(changes), only, lambda line: print(line, flush=True))
     with write_whole(Path(out)) as tmp: table.to_csv(tmp, index=False)
     print(shown(table).to_string(index=False), f"\n{len(table)} variants in {out}")
+
+@app.command()
+def ceiling(
+    run: Annotated[str, typer.Option(help="run folder's name")],
+    out: TableFile = "ceiling.csv",
+):
+    "How many answers would be right if the encoder heard every label: a run's SFT model, told the labels"
+    quiet()
+    from stetholm.ceiling import ceiling as measure, shown
+    table = measure(opened(run))
+    with write_whole(Path(out)) as tmp: table.to_csv(tmp, index=False)
+    print(shown(table).to_string(index=False), f"\nin {out}")
 
 @app.command()
 def publish(

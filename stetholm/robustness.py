@@ -55,9 +55,9 @@ def robustness(
     rows = [scored(asked(clean), condition=AS_IS, level=np.nan, label=AS_IS)]
     for condition, levels in CONDITIONS.items():
         for level in levels: rows.append(scored(asked(under(condition, level)), condition=condition, level=level, label="")); print(f"{name}: {condition} {level:g}", flush=True)
-    rows.append(scored(asked({i: x[:1] for i, x in clean.items()}), condition="windows", level=np.nan, label="first window"))
-    single = [asked({i: x[min(k, len(x) - 1)][None] for i, x in clean.items()}).p_abnormal for k in range(max(map(len, clean.values())))]
+    single = [asked({i: x[min(k, len(x) - 1)][None] for i, x in clean.items()}) for k in range(max(map(len, clean.values())))]
+    rows.append(scored(single[0], condition="windows", level=np.nan, label="first window"))
     for label, pooled in (("mean verdict", np.mean), ("largest verdict", np.max)):
-        each = [pooled([s[j] for s in single[:len(clean[i])]]) for j, i in enumerate(table.recording_id)]
+        each = [pooled([s.p_abnormal[j] for s in single[:len(clean[i])]]) for j, i in enumerate(table.recording_id)]
         rows.append(scored(pd.DataFrame(dict(recording_id=table.recording_id.to_numpy(), model=name, p_abnormal=each)), condition="windows", level=np.nan, label=label))
     return pd.concat(rows, ignore_index=True)[["model", "condition", "level", "label", "dataset", "distribution", "metric", "value", "lo", "hi", "n", "n_patients"]]
