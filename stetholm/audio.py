@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from .config import Profile, StethoError, cache_folder, cut_wav, write_whole
+from .run import side_by_side
 
 # %% ../nbs/01_audio.ipynb #01-005
 def read_audio(
@@ -66,11 +67,8 @@ def windows(
 def _share_out(f, waves, out):
     "`f` of a part of `waves` and of `out` on each of torch's threads, which are one in every part: the numbers depend neither on the batch nor on the threads"
     if threading.current_thread() is not threading.main_thread(): return f(waves, out)  # the number of threads is the whole process's
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
-    try:
-        if min(threads, len(waves)) < 2: return f(waves, out)
-        with ThreadPoolExecutor(threads) as pool: list(pool.map(f, waves.tensor_split(threads), out.tensor_split(threads)))
-    finally: torch.set_num_threads(threads)
+    threads = torch.get_num_threads(); parts = max(1, min(threads, len(waves)))
+    with side_by_side(threads) as pool: list(pool.map(f, waves.tensor_split(parts), out.tensor_split(parts)))
 
 # %% ../nbs/01_audio.ipynb #01-016
 class LogMel(nn.Module):

@@ -22,6 +22,7 @@ import resource
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -247,7 +248,7 @@ def dtype(
     return torch.bfloat16 if native else torch.float32
 
 def abreast() -> int:
-    "How many batches are best worked on at once: on a CPU one for each of torch's threads, which are slower together at one small batch after the other; else, and where processes share the work, one"
+    "How many batches to work on at once: on a CPU as many as torch has threads, since a thread for each is faster than all threads together on one after the other; on a GPU, and where processes share the work, one"
     import torch
     return torch.get_num_threads() if device() == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) == 1 else 1
 
@@ -255,9 +256,8 @@ def abreast() -> int:
 def side_by_side(
     n:int,  # workers
 ):
-    "A pool of `n` threads that have torch's threads between them"
+    "A pool of `n` workers among which torch's threads are divided, one at least to each"
     import torch
-    from concurrent.futures import ThreadPoolExecutor
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(max(1, threads//n),)) as pool: yield pool
