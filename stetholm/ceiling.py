@@ -30,8 +30,8 @@ def told(
     low:torch.Tensor,          # (labels,) logits of what is plainly absent
     high:torch.Tensor,         # (labels,) and plainly present
 ) -> dict:                     # as `heard`
-    "The same recordings as if the probe heard their labels; what no label says is heard as before"
-    weight, bias = projector.weight, projector.bias; back = torch.linalg.pinv(weight)
+    "The same recordings as if the probe heard their labels: the smallest change of the embeddings that does it (the probe's pseudo-inverse); what no label says is heard as before"
+    weight, bias = projector.weight.cpu(), projector.bias.cpu(); back = torch.linalg.pinv(weight)
     wanted = dict(zip(table.recording_id, torch.from_numpy(label_targets(table)[1]).float()))
     out = {}
     for i, x in heard.items():
@@ -52,10 +52,10 @@ def ceiling(
     encoder, projector = lm.model.model.audio_encoder, lm.model.model.projector
     if not isinstance(projector, WordsProjector): raise StethoError(f"projector {p.alignment_projector!r} has no words that could be told the labels: use --set alignment_projector=words")
     asked = questions_of(run).query("distribution == 'in_domain'").reset_index(drop=True)
-    train = torch.from_numpy(embed(encoder, features, table.recording_id[table.split == "train"])) @ projector.weight.cpu().T + projector.bias.cpu()
+    train = torch.from_numpy(embed(encoder, features, table.recording_id[table.split == "train"])) @ projector.weight.cpu().T + projector.bias.cpu()  # logits
     low, high = train.quantile(.05, 0), train.quantile(.95, 0)
     heard = heard_by(encoder, features, asked.recording_ids.explode().unique())
-    rows = predict(lm, "sft", asked, heard, p) + predict(lm, TOLD, asked, told(projector.cpu(), heard, table, low, high), p) + label_prior(load_pairs(run, "train"), asked, table.domain.to_dict())
+    rows = predict(lm, "sft", asked, heard, p) + predict(lm, TOLD, asked, told(projector, heard, table, low, high), p) + label_prior(load_pairs(run, "train"), asked, table.domain.to_dict())
     drawn = {k: d for k, d in answer_draws(complete(pd.DataFrame(rows), asked)[0], p.evaluation_bootstrap, p.seed).items() if k[2] == "all" and k[-1] == "clinical accuracy"}
     apart = differences_of(drawn, [("sft", m) for m in ("prior", TOLD)], ("clinical accuracy",)).rename(columns={"second": "model", "value": "d_value", "lo": "d_lo", "hi": "d_hi"})
     return scores_of(drawn)[["model", "task", "value", "lo", "hi", "n", "n_patients"]].merge(apart[["model", "task", "d_value", "d_lo", "d_hi"]], "left", ["model", "task"])
