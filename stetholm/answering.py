@@ -99,7 +99,7 @@ def predict_verdicts(
     table:pd.DataFrame,  # recordings
     heard:dict,          # recording_id to its windows or their embeddings; None: the system hears nothing
     batch:int,           # recordings at once
-    known:dict=None,     # what the same model has said so far; it is added to
+    known:dict=None,     # (domain, id of the sound) to (P(abnormal), the sound): what the same model has said so far; it is added to
 ) -> pd.DataFrame:       # recording_id, model, p_abnormal
     "P(abnormal) of each recording. One question about one sound is asked once: what no system hears, and what another has heard already."
     known, n = {} if known is None else known, abreast(); size = -(-batch//n)
