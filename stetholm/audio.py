@@ -68,6 +68,7 @@ def _share_out(f, waves, out):
     "`f` of a part of `waves` and of `out` on each of torch's threads, which are one in every part: the numbers depend neither on the batch nor on the threads"
     if threading.current_thread() is not threading.main_thread(): return f(waves, out)  # the number of threads is the whole process's
     threads = torch.get_num_threads(); parts = max(1, min(threads, len(waves)))
+    f = torch.inference_mode(torch.is_inference_mode_enabled())(f)  # a thread knows only its own mode
     with side_by_side(threads) as pool: list(pool.map(f, waves.tensor_split(parts), out.tensor_split(parts)))
 
 # %% ../nbs/01_audio.ipynb #01-016
