@@ -80,6 +80,7 @@ def alignment(
     lm.model.requires_grad_(False); lm.model.model.projector.requires_grad_(True)
     reports = pairs[pairs.task == "reporting"]
     rows, watched = (training_rows(reports[reports.split == s], lm.processor, features, p.sft_max_tokens) for s in ("train", "val"))
+    watched = watched.select(range(min(len(watched), 4*p.sft_batch)))
     steps = pd.DataFrame()
     if p.alignment_projector_steps: _, steps = fit(lm, rows, watched, features, p, checkpoints(run, "alignment")/"projector", p.alignment_projector_steps, p.alignment_projector_lr, p.sft_batch, augmented=p.sft_augmentation)
     with write_whole(run/"aligned") as tmp: lm.save_pretrained(tmp)

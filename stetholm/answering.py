@@ -72,7 +72,7 @@ def predict(
     "The system's answers: greedy, or by beams; batched, left-padded, none dropped"
     from accelerate import PartialState
     state, n, sounds = PartialState(), abreast(), heard or {}; size = -(-profile.evaluation_batch//n)
-    alike = pairs.assign(n=pairs.instruction.str.len(), key=[(q, *(id(sounds[i]) for i in r if heard is not None)) for q, r in zip(pairs.instruction, pairs.recording_ids)]).sort_values(["n", "pair_id"])
+    alike = pairs.assign(n=pairs.instruction.str.len(), key=[(q, *(id(sounds[i]) for i in r if heard is not None)) for q, r in zip(pairs.instruction, pairs.recording_ids)]).sort_values(["task", "n", "pair_id"])
     order, ids = alike.drop_duplicates("key"), alike.groupby("key").pair_id.agg(list)
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     rows = kept.rows(name) if kept else []; done = {r["pair_id"] for r in rows}

@@ -45,7 +45,7 @@ def robustness(
 ) -> pd.DataFrame:        # model, condition, level, label, dataset (each source, all, and their mean), metric, value, lo, hi, n, n_patients
     "AUROC and balanced accuracy of P(abnormal) under each condition"
     waves, extract, rate = {r.recording_id: load_audio(r.path, profile.sample_rate) for r in table.itertuples()}, lm.processor.feature_extractor, profile.sample_rate
-    def heard(mels): return {i: x.flatten(1) for i, x in embed_frames(lm.model.model.audio_encoder, mels, list(mels)).items()}
+    def heard(mels): return {i: x.flatten(1) for i, x in embed_frames(lm.model.model.audio_encoder, mels, mels).items()}
     def asked(sounds): return predict_verdicts(lm, name, table, sounds, profile.evaluation_batch)
     def under(condition, level): return heard({i: extract(changed(w, rate, condition, level, zlib.crc32(i.encode()))) for i, w in waves.items()})
     def scored(verdicts, **about):

@@ -7,7 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from stetholm import backbones
 from stetholm.backbones import SMOLLM2, assemble, load_backbone, smollm2_folder
@@ -55,6 +55,15 @@ def test_changed_weights_are_converted_again(monkeypatch, tmp_path):
     monkeypatch.setenv("STETHOLM_CACHE", str(tmp_path))
     assert smollm2_folder() == copy
     assert file_hash(copy/"model.safetensors") == file_hash(good/"model.safetensors")
+
+
+def test_template_is_its_own_without_an_empty_turn():
+    own = AutoTokenizer.from_pretrained(smollm2_folder())
+    tokenizer = load_backbone(SMOLLM2, torch.float32)[1]
+    said = [{"role": "user", "content": "Is there a wheeze?"}, {"role": "assistant", "content": "No."}]
+    for turns, more in ((said, False), (said[:1], True)):
+        ours, theirs = (t.apply_chat_template([{"role": "system", "content": ""}, *turns], tokenize=False, add_generation_prompt=more) for t in (tokenizer, own))
+        assert "<|im_start|>system\n<|im_end|>\n" + ours == theirs
 
 
 def test_another_wheel_is_refused(monkeypatch, tmp_path):

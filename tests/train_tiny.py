@@ -33,7 +33,7 @@ def build():
     torch.manual_seed(0)
     lm = assemble(*tiny([*pairs.instruction, *pairs.response]), new_encoder(P), P)
     lm.model.requires_grad_(False)
-    lm.model.model.audio_encoder.eval().standardise(Noises()[i] for i in range(16))
+    lm.model.model.audio_encoder.eval().standardise(Noises(), range(16))
     return lm, pairs
 
 
