@@ -25,7 +25,7 @@ from .scores import AGAINST, KEY, MEAN, OVER, answer_draws, complete, difference
 
 # %% ../nbs/13_evaluation.ipynb #8e08f394
 MODELS = {"backbone": ("aligned", None), "text_only": ("text_only", None), "sft": ("sft", "right"), "shuffled": ("sft", "other"), "silence": ("sft", "silence"), "dpo": ("dpo", "right")}  # system: model of the run, and what it hears
-FIRST = 16  # tokens of the untrained language model that are read: it never comes to an end by itself
+FIRST = 24  # tokens of the untrained language model that are read: it never comes to an end by itself
 
 def ask_models(
     run:Run,              # the models are read

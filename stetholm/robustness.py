@@ -21,7 +21,7 @@ from .scores import labelled, scores_of, verdict_draws
 
 # %% ../nbs/12f_robustness.ipynb #7ba8d93b
 AS_IS = "as it is"
-CONDITIONS = {"noise": (10., 0.), "low-pass": (500., 250.), "length": (5., 2.)}  # signal-to-noise ratio, dB; Hz; seconds that are heard
+CONDITIONS = {"noise": (20., 10., 0.), "low-pass": (1000., 500., 250.), "length": (10., 5., 2.)}  # signal-to-noise ratio, dB; Hz; seconds that are heard
 
 def changed(
     wave:np.ndarray,  # (n,) float32
