@@ -31,7 +31,7 @@ def test_committed_answers_give_the_committed_scores(stetholm):
     done = stetholm("score", FIGURES/"predictions.jsonl.gz", "--verdicts", FIGURES/"verdicts.csv.gz", "-o", "scores.csv", "--seed", json.loads((FIGURES/"metrics.json").read_text())["seed"])
     assert done.returncode == 0, done.stderr
     was, again = (pd.read_csv(f).set_index(KEY).sort_index() for f in (FIGURES/"scores.csv", stetholm.cwd/"scores.csv"))
-    assert was.index.equals(again.index) and np.allclose(was, again[was.columns], atol=2e-4, equal_nan=True)
+    assert was.index.equals(again.index) and np.allclose(was, again[was.columns], atol=1e-5, equal_nan=True)
 
 
 def test_committed_table_of_the_front_page_is_of_the_committed_scores():
