@@ -87,7 +87,7 @@ class EfficientNet(EfficientNetModel):
 
 # %% ../nbs/07_encoder.ipynb #07-009
 def _of_each(encoder, f, features, ids, at_once=8):
-    "What `f` of the encoder makes of each recording's windows. On a CPU a thread a core, each with so few recordings at once that they stay in its cache: 1.6 times as fast as sixteen with all threads"
+    "What `f` of the encoder makes of each recording's windows. On a CPU a thread a core, each with so few recordings at once that they stay in its cache"
     device, ids = next(encoder.parameters()).device, list(ids)
     encoder.to(memory_format=torch.channels_last)
     @torch.no_grad()
