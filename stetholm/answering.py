@@ -71,8 +71,9 @@ def predict(
 ) -> list:               # one row a question that this process, or another before, has answered: pair_id, model, generated, seconds
     "The system's answers: greedy, or by beams; batched, left-padded, none dropped"
     from accelerate import PartialState
-    state, n, sounds = PartialState(), abreast(), heard or {}; size = -(-profile.evaluation_batch//n)
-    alike = pairs.assign(n=pairs.instruction.str.len(), key=[(q, *(id(sounds[i]) for i in r if heard is not None)) for q, r in zip(pairs.instruction, pairs.recording_ids)]).sort_values(["task", "n", "pair_id"])
+    state, n = PartialState(), abreast(); size = -(-profile.evaluation_batch//n)
+    to = [[heard[i] for i in r] if heard is not None else [] for r in pairs.recording_ids]
+    alike = pairs.assign(n=[len(lm.processor.prompt_ids(q, [len(x) for x in a])) for q, a in zip(pairs.instruction, to)], key=[(q, *map(id, a)) for q, a in zip(pairs.instruction, to)], audio=to).sort_values(["n", "task", "pair_id"])
     order, ids = alike.drop_duplicates("key"), alike.groupby("key").pair_id.agg(list)
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     rows = kept.rows(name) if kept else []; done = {r["pair_id"] for r in rows}
@@ -80,8 +81,7 @@ def predict(
     parts = [part for part in parts if not done.issuperset(i for k in part.key for i in ids[k])]
     def ask(part):
         begun = time.perf_counter()
-        audio = [[sounds[i] for i in r] if heard is not None else [] for r in part.recording_ids]
-        said = answer(lm.model, lm.processor, lm.processor(list(part.instruction), audio), profile.evaluation_max_tokens, **decoding)
+        said = answer(lm.model, lm.processor, lm.processor(list(part.instruction), list(part.audio)), profile.evaluation_max_tokens, **decoding)
         new = [dict(pair_id=i, model=name, generated=s) for k, s in zip(part.key, said) for i in ids[k]]
         seconds = round((time.perf_counter() - begun)/n/len(new), 3)
         return [dict(r, seconds=seconds) for r in new]

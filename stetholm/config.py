@@ -115,7 +115,7 @@ PROFILES = {
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
         alignment_width=0.5, alignment_depth=0.5, alignment_phantoms=600, alignment_phantom_epochs=6, alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=16, alignment_lr=7e-4,
         alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
-        sft_steps=128, sft_evaluations=2, sft_batch=8, sft_lr=1e-3, sft_lora_rank=16, sft_part_tokens=640, sft_augmentation=False, sft_train_encoder=False,
+        sft_steps=100, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640, sft_augmentation=False, sft_train_encoder=False,
         preferences_questions=96, preferences_watched=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
         dpo_steps=30, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=3,
         evaluation_questions=512, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
