@@ -72,8 +72,8 @@ def predict(
     "The system's answers: greedy, or by beams; batched, left-padded, none dropped"
     from accelerate import PartialState
     state, n = PartialState(), abreast(); size = -(-profile.evaluation_batch//n)
-    to = [[heard[i] for i in r] if heard is not None else [] for r in pairs.recording_ids]
-    alike = pairs.assign(n=[len(lm.processor.prompt_ids(q, [len(x) for x in a])) for q, a in zip(pairs.instruction, to)], key=[(q, *map(id, a)) for q, a in zip(pairs.instruction, to)], audio=to).sort_values(["n", "task", "pair_id"])
+    asked = [(q, [heard[i] for i in r] if heard is not None else []) for q, r in zip(pairs.instruction, pairs.recording_ids)]
+    alike = pairs.assign(audio=[a for _, a in asked], n=[len(lm.processor.prompt_ids(q, [*map(len, a)])) for q, a in asked], key=[(q, *map(id, a)) for q, a in asked]).sort_values(["n", "task", "pair_id"])
     order, ids = alike.drop_duplicates("key"), alike.groupby("key").pair_id.agg(list)
     decoding = dict(num_beams=profile.evaluation_beams) | (dict(length_penalty=profile.evaluation_length_penalty) if profile.evaluation_beams > 1 else {})
     rows = kept.rows(name) if kept else []; done = {r["pair_id"] for r in rows}
