@@ -19,7 +19,7 @@ from safetensors.torch import load_model as load_weights, save_model
 from .audit import load_recordings, note_training
 from .backbones import assemble, load_backbone
 from .config import Profile, file_hash, read_json, write_json, write_whole
-from .encoder import Corpus, Features, make_features, new_encoder, pretrain
+from .encoder import Corpus, Features, embed, make_features, new_encoder, pretrain
 from .instructions import load_pairs
 from .model import StethoLM
 from .opera import load_opera
@@ -51,19 +51,21 @@ def trained_encoder(
     run:Run,             # `encoder` and `hearing.parquet` are made, unless those there are of the same key
     features:Features,   # of its recordings
     table:pd.DataFrame,  # recordings
-) -> tuple:              # (AudioEncoder, log of its training)
+) -> tuple:              # (AudioEncoder, its embedding of each recording (n, dim), log of its training)
     "The run's encoder after pre-training"
     p, folder, key = run.profile, run/"encoder", encoder_key(run)
     encoder = new_encoder(p).to(device())
     if (folder/"key.json").is_file() and read_json(folder/"key.json") == key:
         print("encoder: as it was trained before", flush=True)
-        load_weights(encoder, folder/"model.safetensors"); return encoder.eval().to(memory_format=torch.channels_last), pd.read_parquet(folder/"log.parquet")
+        load_weights(encoder, folder/"model.safetensors"); encoder.eval().to(memory_format=torch.channels_last)
+        return encoder, embed(encoder, features, table.recording_id), pd.read_parquet(folder/"log.parquet")
     cola = load_opera(p.alignment_checkpoint, encoder, p) if p.alignment_checkpoint else None
     with tempfile.TemporaryDirectory(dir=run.folder) as d: log = pretrain(encoder, features, table, p, phantoms_to_learn_from(p, Path(d)), cola)
-    with write_whole(run/"hearing.parquet") as tmp: hearing(encoder, features, table, p).to_parquet(tmp, index=False)
+    x = embed(encoder, features, table.recording_id)
+    with write_whole(run/"hearing.parquet") as tmp: hearing(x, features, table, p).to_parquet(tmp, index=False)
     with write_whole(folder) as tmp:
         tmp.mkdir(); save_model(encoder, str(tmp/"model.safetensors")); log.to_parquet(tmp/"log.parquet", index=False); write_json(tmp/"key.json", key)
-    return encoder, log
+    return encoder, x, log
 
 @stage("alignment")
 def alignment(
@@ -72,11 +74,11 @@ def alignment(
     "Stage 3: encoder pre-training, then the projector on reporting pairs"
     p, table = run.profile, load_recordings(run)
     features = make_features(table, p, run/"features")
-    encoder, log = trained_encoder(run, features, table)
+    encoder, x, log = trained_encoder(run, features, table)
     set_seed(p.seed)  # what follows does not depend on whether the encoder was trained now or before
     pairs = load_pairs(run)
     text, tokenizer = load_backbone(p.language_model, dtype(p), [*pairs[pairs.split == "train"].instruction, *pairs[pairs.split == "train"].response])
-    lm = assemble(text, tokenizer, encoder, p, label_probe(encoder, features, table) if p.alignment_projector == "words" else None).to(device())
+    lm = assemble(text, tokenizer, encoder, p, label_probe(x, table) if p.alignment_projector == "words" else None).to(device())
     lm.model.requires_grad_(False); lm.model.model.projector.requires_grad_(True)
     reports = pairs[pairs.task == "reporting"]
     rows, watched = (training_rows(reports[reports.split == s], lm.processor, features, p.sft_max_tokens) for s in ("train", "val"))

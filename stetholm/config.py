@@ -117,7 +117,7 @@ PROFILES = {
         alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
         sft_steps=100, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640, sft_augmentation=False, sft_train_encoder=False,
         preferences_questions=96, preferences_watched=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
-        dpo_steps=30, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=3,
+        dpo_steps=12, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=2,
         evaluation_questions=512, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
     "paper": Profile(name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512,
         window_s=7., max_windows=4, phantom_patients=400, instructions_per_task=1,

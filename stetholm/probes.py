@@ -20,8 +20,9 @@ from sklearn.preprocessing import StandardScaler
 
 from .audio import band_statistics, standardise
 from .config import Profile, StethoError
-from .encoder import AudioEncoder, Features, common_families, embed, label_matrix, new_encoder, pretrain
+from .encoder import Features, common_families, embed, label_matrix, new_encoder, pretrain
 from .intervals import auroc
+from .run import device
 from .vocabulary import FINDINGS
 
 # %% ../nbs/07a_probes.ipynb #779844b2
@@ -63,12 +64,11 @@ def label_targets(
     return ("abnormal", *families), targets
 
 def label_probe(
-    encoder:AudioEncoder,  # after `pretrain`
-    features:Features,     # windows
-    table:pd.DataFrame,    # recordings
+    x:np.ndarray,        # (n, dim) the encoder's embedding of each recording of `table`
+    table:pd.DataFrame,  # recordings
 ) -> LabelProbe:
     "One regression a label on the train split, its strength chosen by the log-likelihood on val. Raises `StethoError` if a label does not vary."
-    labels, targets = label_targets(table); x, weights, biases = embed(encoder, features, table.recording_id), [], []
+    labels, targets = label_targets(table); weights, biases = [], []
     for label, y in zip(labels, targets.T):
         fit, val = (~np.isnan(y) & (table.split == s).to_numpy() for s in ("train", "val"))
         if len(set(y[fit])) < 2: raise StethoError(f"no probe of {label!r}: of {fit.sum()} training recordings that say, all say the same; use --set alignment_projector=mlp")
@@ -81,16 +81,15 @@ def label_probe(
 HEARING = ("encoder probe", "encoder k-NN", "untrained encoder probe", "band statistics probe", "log-mel statistics probe")
 
 def hearing(
-    encoder:AudioEncoder,  # after `pretrain`
-    features:Features,     # windows
-    table:pd.DataFrame,    # recordings
-    profile:Profile,       # `alignment_*`, for the encoder that has learnt nothing
-) -> pd.DataFrame:         # recording_id, model (of `HEARING`), p_abnormal: of test recordings with a verdict
+    heard:np.ndarray,    # (n, dim) the trained encoder's embedding of each recording of `table`
+    features:Features,   # windows
+    table:pd.DataFrame,  # recordings
+    profile:Profile,     # `alignment_*`, for the encoder that has learnt nothing
+) -> pd.DataFrame:       # recording_id, model (of `HEARING`), p_abnormal: of test recordings with a verdict
     "What probes say: of the encoder, of one of its size that has learnt nothing, and of plain statistics"
     bare = replace(profile, alignment_objective="random", alignment_statistics=False, alignment_checkpoint="")
-    untrained, ids = new_encoder(bare).to(next(encoder.parameters()).device), table.recording_id
+    untrained, ids = new_encoder(bare).to(device()), table.recording_id
     pretrain(untrained, features, table, bare)
-    heard = embed(encoder, features, ids)
     told = heard, heard, embed(untrained, features, ids), np.stack([band_statistics(features[i]).mean(0).numpy() for i in ids]), mel_statistics(features, ids)
     asked = ((table.split == "test") & table.binary.notna()).to_numpy()
     return pd.concat([pd.DataFrame({"recording_id": ids[asked].to_numpy(), "model": name, "p_abnormal": probe_scores(x, table, "k-NN" if "k-NN" in name else "linear")[asked]}) for name, x in zip(HEARING, told)], ignore_index=True)

@@ -46,7 +46,7 @@ def robustness(
     "AUROC and balanced accuracy of P(abnormal) under each condition"
     waves, extract, rate = {r.recording_id: load_audio(r.path, profile.sample_rate) for r in table.itertuples()}, lm.processor.feature_extractor, profile.sample_rate
     def heard(mels): return {i: x.flatten(1) for i, x in embed_frames(lm.model.model.audio_encoder, mels, mels).items()}
-    def asked(sounds): return predict_verdicts(lm, name, table, sounds, profile.evaluation_batch)
+    def asked(sounds, known=None): return predict_verdicts(lm, name, table, sounds, profile.evaluation_batch, known)
     def under(condition, level): return heard({i: extract(changed(w, rate, condition, level, zlib.crc32(i.encode()))) for i, w in waves.items()})
     def scored(verdicts, **about):
         found = scores_of(verdict_draws(labelled(verdicts, table), profile.evaluation_bootstrap, profile.seed))
@@ -55,7 +55,8 @@ def robustness(
     rows = [scored(asked(clean), condition=AS_IS, level=np.nan, label=AS_IS)]
     for condition, levels in CONDITIONS.items():
         for level in levels: rows.append(scored(asked(under(condition, level)), condition=condition, level=level, label="")); print(f"{name}: {condition} {level:g}", flush=True)
-    single = [asked({i: x[min(k, len(x) - 1)][None] for i, x in clean.items()}) for k in range(max(map(len, clean.values())))]
+    cut, known = {i: x.split(1) for i, x in clean.items()}, {}
+    single = [asked({i: x[min(k, len(x) - 1)] for i, x in cut.items()}, known) for k in range(max(map(len, cut.values())))]
     rows.append(scored(single[0], condition="windows", level=np.nan, label="first window"))
     for label, pooled in (("mean verdict", np.mean), ("largest verdict", np.max)):
         each = [pooled([s.p_abnormal[j] for s in single[:len(clean[i])]]) for j, i in enumerate(table.recording_id)]

@@ -257,6 +257,7 @@ def fit(
     settings = trainer_settings(profile, folder, steps, learning_rate=lr, per_device_train_batch_size=batch, per_device_eval_batch_size=2*batch, gradient_accumulation_steps=accumulation,
                                 logging_steps=max(1, steps//20), eval_strategy="steps", eval_steps=often, save_strategy="steps", save_steps=often, save_total_limit=1, load_best_model_at_end=True,
                                 metric_for_best_model="eval_loss", include_num_input_tokens_seen="non_padding", max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    watched = watched.select(np.argsort([len(x) for x in watched["input_ids"]], kind="stable"))  # batches of one length here too
     trainer = AnswerTrainer(model=lm.model, args=SFTConfig(**settings), processing_class=lm.processor.tokenizer, train_dataset=rows, eval_dataset=watched, data_collator=collator,
                             watching=Collator(lm.processor, features), part_tokens=profile.sft_part_tokens, abreast=abreast() if beside else 1, peft_config=peft_config, callbacks=[Report(collator), EarlyStoppingCallback(profile.sft_patience), *callbacks])
     trainer.remove_callback(PrinterCallback)  # `Report` says it in one line
