@@ -24,7 +24,7 @@ from .run import abreast, side_by_side
 from .scores import verdict_question
 
 # %% ../nbs/12e_answering.ipynb #27ce2c36
-SHARES = {"classification": 4, "detection": 4}  # of the questions that are asked; other tasks have one: on these two it is asked whether the model listens, and their answers are short
+SHARES = {"classification": 8, "detection": 8}  # of the questions that are asked; other tasks have one: on these two it is asked whether the model listens, and their answers are short
 
 def choose_questions(
     pairs:pd.DataFrame,  # test pairs
