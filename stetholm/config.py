@@ -67,7 +67,6 @@ class Profile:
     # supervised fine-tuning
     sft_steps:int = 6                 # optimiser steps
     sft_batch:int = 4                 # pairs a step on one device
-    sft_temperature:float = 1.        # where training does not reach all pairs: 1: kinds of question in proportion to their number; larger: rare ones more often
     sft_accumulation:int = 1          # batches a step
     sft_lr:float = 5e-4               # peak learning rate
     sft_lora_rank:int = 8             # LoRA rank
@@ -116,7 +115,7 @@ PROFILES = {
     "mini": Profile(name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
         alignment_width=0.5, alignment_depth=0.5, alignment_phantoms=600, alignment_phantom_epochs=6, alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=16, alignment_lr=7e-4,
         alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
-        sft_steps=120, sft_evaluations=2, sft_batch=8, sft_temperature=2., sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640, sft_augmentation=False, sft_train_encoder=False,
+        sft_steps=160, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640, sft_augmentation=False, sft_train_encoder=False,
         preferences_questions=96, preferences_watched=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
         dpo_steps=12, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=2,
         evaluation_questions=768, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
