@@ -80,7 +80,7 @@ def reproduce(
     print(f"done in {(time.perf_counter() - begun)/60:.1f} min: {this.folder}; {say}", flush=True)
 
 # %% ../nbs/15_pipeline.ipynb #15-010
-SECONDS = dict(audit=38, exploration=11, instructions=7, alignment=377, sft=515, preferences=132, dpo=249, evaluation=651, figures=31)  # of profile mini on two cores, from the published run
+SECONDS = dict(audit=26, exploration=8, instructions=5, alignment=213, sft=429, preferences=58, dpo=70, evaluation=345, figures=18)  # of profile mini on two cores, from the published run
 
 def _clock(begun, wanted, i, last):
     "A function that gives the minutes left: what each stage took `last` time (else in a mini run), stretched by how this run has gone so far"
