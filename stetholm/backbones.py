@@ -108,7 +108,7 @@ def assemble(
     probe:LabelProbe=None, # what projector `words` says in words
 ) -> StethoLM:
     "An audio language model from a text model and an encoder; the projector is new, at the scale of the token embeddings. Raises `StethoError` if projector `words` has no probe."
-    if profile.alignment_projector == "words" and probe is None: raise StethoError("projector 'words' wants a probe: label_probe(x, table)")
+    if profile.alignment_projector == "words" and probe is None: raise StethoError("projector 'words' wants a probe: label_probe(embed(encoder, features, table.recording_id), table)")
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
     if len(tokenizer) > text.config.vocab_size: text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
