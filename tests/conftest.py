@@ -13,6 +13,8 @@ from stetholm.pipeline import ENVIRONMENT
 
 REPO = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("stetholm")
+# Arguments of Python: `accelerate launch`, which starts several processes without MPI where it takes them for GPUs; without a GPU they talk by gloo
+TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from conftest import COMMAND, REPO
+from conftest import COMMAND, REPO, TWO_PROCESSES
 from stetholm.scores import KEY
 
 FIGURES = REPO/"figures"
@@ -19,9 +19,9 @@ def answers(folder):
 
 def test_two_processes_with_other_batches_answer_as_the_run_did(stetholm, smoke_run):
     shutil.copytree(smoke_run.runs, stetholm.runs)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", COMMAND, "evaluate", "--run", "smoke-phantom", "--set", "evaluation_batch=3"]
+    command = [sys.executable, *TWO_PROCESSES, COMMAND, "evaluate", "--run", "smoke-phantom", "--set", "evaluation_batch=3"]
     done = subprocess.run(**stetholm.how(()) | dict(args=list(map(str, command))), capture_output=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("sft: 1/") == 2, done.stderr[-3000:]
     run = stetholm.runs/"smoke-phantom"
     pd.testing.assert_series_equal(answers(run), answers(smoke_run.folder))
     assert json.loads((run/"run.json").read_text())["profile"]["evaluation_batch"] == 3 and not list(run.glob(".trainer/evaluation-*/**/*.jsonl"))

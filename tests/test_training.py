@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from conftest import TWO_PROCESSES
 from stetholm import training
 from stetholm.audio import recording_features
 from stetholm.config import StethoError
@@ -71,8 +72,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_gone_on_from(tmp_path):
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):
-    # by torchrun: without MPI `accelerate launch --cpu` starts one process only, whatever it is told
-    same(trained(tmp_path/"one", 4, 2), trained(tmp_path/"two", 4, 1, launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")), 1e-4)
+    same(trained(tmp_path/"one", 4, 2), trained(tmp_path/"two", 4, 1, launch=TWO_PROCESSES), 1e-4)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Trains a tiny model on 16 pairs and writes its losses and weights: `train_tiny.py FOLDER BATCH ACCUMULATION [DROPOUT_PERCENT [KILL_AFTER [PREFERENCES]]]`, alone or under `torchrun`"""
+"""Trains a tiny model on 16 pairs and writes its losses and weights: `train_tiny.py FOLDER BATCH ACCUMULATION [DROPOUT_PERCENT [KILL_AFTER [PREFERENCES]]]`, alone or under `accelerate launch`"""
 import os
 import signal
 import sys
