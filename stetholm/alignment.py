@@ -57,7 +57,7 @@ def trained_encoder(
     encoder = new_encoder(p).to(device())
     if (folder/"key.json").is_file() and read_json(folder/"key.json") == key:
         print("encoder: as it was trained before", flush=True)
-        load_weights(encoder, folder/"model.safetensors"); encoder.eval().to(memory_format=torch.channels_last)
+        load_weights(encoder, folder/"model.safetensors"); encoder.eval()
         return encoder, embed(encoder, features, table.recording_id), pd.read_parquet(folder/"log.parquet")
     cola = load_opera(p.alignment_checkpoint, encoder, p) if p.alignment_checkpoint else None
     with tempfile.TemporaryDirectory(dir=run.folder) as d: log = pretrain(encoder, features, table, p, phantoms_to_learn_from(p, Path(d)), cola)

@@ -81,7 +81,7 @@ def label_probe(
 HEARING = ("encoder probe", "encoder k-NN", "untrained encoder probe", "band statistics probe", "log-mel statistics probe")
 
 def hearing(
-    heard:np.ndarray,    # (n, dim) the trained encoder's embedding of each recording of `table`
+    x:np.ndarray,        # (n, dim) the trained encoder's embedding of each recording of `table`
     features:Features,   # windows
     table:pd.DataFrame,  # recordings
     profile:Profile,     # `alignment_*`, for the encoder that has learnt nothing
@@ -90,6 +90,6 @@ def hearing(
     bare = replace(profile, alignment_objective="random", alignment_statistics=False, alignment_checkpoint="")
     untrained, ids = new_encoder(bare).to(device()), table.recording_id
     pretrain(untrained, features, table, bare)
-    told = heard, heard, embed(untrained, features, ids), np.stack([band_statistics(features[i]).mean(0).numpy() for i in ids]), mel_statistics(features, ids)
+    told = x, x, embed(untrained, features, ids), np.stack([band_statistics(features[i]).mean(0).numpy() for i in ids]), mel_statistics(features, ids)
     asked = ((table.split == "test") & table.binary.notna()).to_numpy()
-    return pd.concat([pd.DataFrame({"recording_id": ids[asked].to_numpy(), "model": name, "p_abnormal": probe_scores(x, table, "k-NN" if "k-NN" in name else "linear")[asked]}) for name, x in zip(HEARING, told)], ignore_index=True)
+    return pd.concat([pd.DataFrame({"recording_id": ids[asked].to_numpy(), "model": name, "p_abnormal": probe_scores(each, table, "k-NN" if "k-NN" in name else "linear")[asked]}) for name, each in zip(HEARING, told)], ignore_index=True)
