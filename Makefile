@@ -75,7 +75,7 @@ test-export: $(READY)
 	ok=1
 	for d in nbs stetholm; do diff -rq -x __pycache__ -x .ipynb_checkpoints "$$root/$$d" $$d >&2 || ok=; done
 	[ "$$ok" ] || { echo "what is exported from the notebooks is not what is here: run 'make export'" >&2; exit 1; }
-	"$$root"/$(BIN)/python -m stetholm.docs readme --check
+	"$$root"/$(BIN)/python -m stetholm.cli.docs readme --check
 	echo "  $$(( $$(date +%s) - start )) s"
 
 # Two processes of one thread each, half of the notebooks in either, and a runs folder for each: notebooks share the run they work on
@@ -101,15 +101,15 @@ lab: $(READY)  ## open the notebooks
 	@$(BIN)/jupyter lab $(ARGS) nbs
 
 docs: $(READY)  ## build the site into _docs
-	@$(BIN)/python -m stetholm.docs site
+	@$(BIN)/python -m stetholm.cli.docs site
 
 export: $(READY)  ## notebooks -> package and README.md
 	@$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	$(BIN)/python -m stetholm.docs readme
+	$(BIN)/python -m stetholm.cli.docs readme
 
 outputs: $(READY)  ## run the notebooks and keep what they show (RECORDINGS=folder for those about data, NOTEBOOKS="nbs/x.ipynb ...")
-	@$(BIN)/python -m stetholm.docs outputs $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(NOTEBOOKS)
+	@$(BIN)/python -m stetholm.cli.docs outputs $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(NOTEBOOKS)
 	$(MAKE) export
 
 hooks:  ## let git refuse commits in which notebooks and package disagree

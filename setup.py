@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
@@ -18,7 +18,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     python_requires=f">={cfg['min_python']}",
-    packages=[lib], include_package_data=True,
+    packages=find_packages(include=[lib, f"{lib}.*"]), include_package_data=True,
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
 )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from stetholm.pipeline import ENVIRONMENT
+from stetholm.cli.main import ENVIRONMENT
 
 REPO = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("stetholm")
@@ -71,7 +71,8 @@ class Finished(NamedTuple):
 def smoke_run(stetholm_in):
     "The phantom at the smoke profile, every stage"
     kept = os.environ.get("STETHOLM_SMOKE")  # where an earlier pytest leaves it for a later one
-    shell = Shell(Path(kept)) if kept else stetholm_in("smoke"); note = shell.cwd/"done.json"
+    shell = Shell(Path(kept)) if kept else stetholm_in("smoke")
+    note = shell.cwd/"done.json"
     if not note.is_file():
         begun = time.perf_counter()
         done = shell("reproduce", "--profile", "smoke")

@@ -9,11 +9,13 @@ import pytest
 import soundfile
 import torch
 
-from stetholm import audio
-from stetholm.audio import FeatureCache, load_audio, log_mel, read_audio, recording_features, recording_windows
-from stetholm.augmentations import DEGRADATIONS, augment, degrade
-from stetholm.config import PROFILES, StethoError, file_hash
-from stetholm.encoder import make_features
+from stetholm.sound import audio
+from stetholm.sound.audio import load_audio, log_mel, read_audio, recording_features, recording_windows
+from stetholm.sound.features import FeatureCache
+from stetholm.sound.augmentations import DEGRADATIONS, augment, degrade
+from stetholm.core.config import PROFILES, StethoError
+from stetholm.core.files import file_hash
+from stetholm.sound.features import make_features
 
 SMOKE, MINI, PAPER = (PROFILES[n] for n in ("smoke", "mini", "paper"))
 
@@ -71,7 +73,10 @@ def test_front_end_is_fast(clips):
         seconds = {"ours": [], "librosa": []}
         for _ in range(26):
             for name, f in {"ours": lambda: front(torch.from_numpy(waves)), "librosa": lambda: [theirs(w, MINI) for w in waves]}.items():
-                time.sleep(.3); begun = time.perf_counter(); f(); seconds[name].append(time.perf_counter() - begun)
+                time.sleep(.3)
+                begun = time.perf_counter()
+                f()
+                seconds[name].append(time.perf_counter() - begun)
     finally: torch.set_num_threads(threads)
     ours, librosas = (len(waves)/min(s[1:]) for s in seconds.values())
     print(f"\n{ours:.0f} clips/s, librosa {librosas:.0f}: {ours/librosas:.1f} times as fast")
@@ -173,13 +178,14 @@ def test_bad_file_is_refused_in_one_line(tmp_path, name, damage, why):
 
 
 def test_samples_that_are_not_numbers_are_refused(tmp_path):
-    wave = np.zeros(100, np.float32); wave[50] = np.inf
+    wave = np.zeros(100, np.float32)
+    wave[50] = np.inf
     soundfile.write(tmp_path/"inf.wav", wave, 8000, subtype="FLOAT")
     with pytest.raises(StethoError, match="not numbers"): read_audio(tmp_path/"inf.wav")
 
 
 @pytest.fixture
-def slope():
+def gradient():
     "Two equal log-mel windows in which no two neighbours are alike"
     return (torch.arange(64.)[:, None] - torch.arange(100.)/4).expand(2, -1, -1) - 40
 
@@ -187,18 +193,20 @@ def slope():
 def drawn(seed=0): return torch.Generator().manual_seed(seed)
 
 
-def span(changed): at = changed.nonzero().flatten().tolist(); return (at[0], at[-1]) if at else None
+def span(changed):
+    at = changed.nonzero().flatten().tolist()
+    return (at[0], at[-1]) if at else None
 
 
-def test_augmentations_of_training_draw_what_they_always_drew(slope):
+def test_augmentations_of_training_draw_what_they_always_drew(gradient):
     "Committed results were trained with these: another order of draws would change them all"
     tilted = torch.tensor([-0.044922, 3.218660])[:, None, None]*torch.linspace(-.5, .5, 64)[:, None]
-    changed = (augment(slope, drawn()) - slope - tilted).abs() > 1e-3
+    changed = (augment(gradient, drawn()) - gradient - tilted).abs() > 1e-3
     assert [span(c.all(0)) for c in changed] == [(30, 30), (62, 63)] and [span(c.all(1)) for c in changed] == [(27, 31), (35, 43)]
 
 
-def test_degradations_draw_what_they_always_drew(slope):
-    changed = {k: degrade(slope, k, drawn(), slope.flip(-1)) != slope for k in DEGRADATIONS}
+def test_degradations_draw_what_they_always_drew(gradient):
+    changed = {k: degrade(gradient, k, drawn(), gradient.flip(-1)) != gradient for k in DEGRADATIONS}
     assert [(span(c), c.sum().item()) for c in (changed["crop"].float().mean(1) > .9)] == [((7, 21), 15), ((10, 27), 18)]
     assert [c.sum().item() for c in (changed["mask"].float().mean(2) > .9)] == [10, 11] and [c.sum().item() for c in (changed["remove"].float().mean(1) > .9)] == [89, 95]
-    assert torch.allclose(degrade(slope, "noise", drawn())[:, 0, 0], torch.tensor([18.162678, 14.487097]), atol=1e-3)
+    assert torch.allclose(degrade(gradient, "noise", drawn())[:, 0, 0], torch.tensor([18.162678, 14.487097]), atol=1e-3)

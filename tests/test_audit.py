@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import soundfile
 
-from stetholm.audit import audit_sounds, audit_table
-from stetholm.fingerprints import CHANGES, bit_error_rate, fingerprint, listen, precision_recall, similar
-from stetholm.phantom import make_phantom
-from stetholm.recordings import RECORDINGS, write_table
-from stetholm.sources import scan
+from stetholm.data.checks import audit_sounds, audit_table
+from stetholm.data.fingerprints import CHANGES, bit_error_rate, fingerprint, listen, precision_recall, similar
+from stetholm.phantom.patients import make_phantom
+from stetholm.data.recordings import RECORDINGS, write_table
+from stetholm.data.sources import scan
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def test_changed_copies_of_real_recordings_are_found_and_nothing_else(pack):
 def test_a_large_collection_is_compared_in_blocks_with_the_same_result(pack, monkeypatch):
     some = pack[pack.source.isin(["hlscmds", "kauh"])]
     prints = [h.print for h in listen(some.path)]
-    at_once = similar(prints)
-    monkeypatch.setattr("stetholm.fingerprints.BLOCK", 15_000)
+    chunk_size = similar(prints)
+    monkeypatch.setattr("stetholm.data.fingerprints.BLOCK", 15_000)
     in_blocks = similar(prints)
-    assert len(at_once) > 50 and sum(map(len, prints)) > 10*15_000
-    both = at_once.merge(in_blocks, on=["first", "second"])
-    assert len(both) == len(at_once)  # the rarer the words of a block, the more of them vote: blocks may find more, never less
+    assert len(chunk_size) > 50 and sum(map(len, prints)) > 10*15_000
+    both = chunk_size.merge(in_blocks, on=["first", "second"])
+    assert len(both) == len(chunk_size)  # the rarer the words of a block, the more of them vote: blocks may find more, never less
 
 
 def test_one_breath_through_three_filters_is_one_recording(recordings):

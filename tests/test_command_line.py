@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import soundfile
 
-from stetholm.config import STAGES
-from stetholm.phantom import make_phantom
-from stetholm.scores import KEY, LOWER, MEAN
-from stetholm.sources import SOURCES
+from stetholm.core.config import STAGES
+from stetholm.phantom.patients import make_phantom
+from stetholm.score.scores import KEY, LOWER, MEAN_OF_SOURCES
+from stetholm.data.recordings import SOURCES
 
 STEREO, LONG = "stereo.wav", "long.wav"
 
@@ -45,7 +45,8 @@ def refused(done, code, *words):
 @pytest.mark.timed
 def test_help_names_every_command_within_half_a_second(stetholm):
     def timed():
-        begun = time.perf_counter(); done = stetholm("--help")
+        begun = time.perf_counter()
+        done = stetholm("--help")
         return time.perf_counter() - begun, done
     tries = [timed() for _ in range(3)]
     said = " ".join(tries[0][1].stdout.split())
@@ -63,7 +64,7 @@ def test_stages_lists_every_stage_in_order(stetholm):
     done = stetholm("stages")
     said = done.stdout.splitlines()
     assert done.returncode == 0 and [line.split()[0] for line in said if not line.startswith(" ")] == list(STAGES)
-    assert all(s.notebook in done.stdout and ", ".join(s.makes) in done.stdout for s in STAGES.values())
+    assert all(s.stem in done.stdout and ", ".join(s.makes) in done.stdout for s in STAGES.values())
 
 
 def test_data_list_names_every_dataset_with_its_terms(stetholm):
@@ -195,7 +196,7 @@ def test_score_repeats_the_scores_of_the_run(stetholm, smoke_run):
     pd.testing.assert_frame_equal(again, was, check_dtype=False, atol=1e-5)
     for model in ("text_only", "sft", "dpo"):
         value = was.value[model, "all", "all", "ood", "clinical accuracy"]
-        assert [f"{value:.3f}" in line for line in done.stdout.splitlines() if line.split()[:3] == [model, "ood", "all"] and "clinical accuracy" in line and MEAN not in line] == [True]
+        assert [f"{value:.3f}" in line for line in done.stdout.splitlines() if line.split()[:3] == [model, "ood", "all"] and "clinical accuracy" in line and MEAN_OF_SOURCES not in line] == [True]
     apart = pd.read_csv(stetholm.cwd/"differences.csv").set_index(["first", "second", *KEY[1:]])
     assert np.isclose(apart.value["prior", "dpo", "all", "all", "ood", "clinical accuracy"], was.value["dpo", "all", "all", "ood", "clinical accuracy"] - was.value["prior", "all", "all", "ood", "clinical accuracy"], atol=1e-5)
 
@@ -205,7 +206,8 @@ def test_score_gives_full_marks_to_the_references(stetholm, smoke_run):
     rows[rows.model == "dpo"].assign(generated=rows.response).to_json(stetholm.cwd/"right.jsonl", orient="records", lines=True)
     done = stetholm("score", "right.jsonl", "-o", "scores.csv")
     assert done.returncode == 0, done.stderr
-    scores = pd.read_csv(stetholm.cwd/"scores.csv"); less = scores.metric.isin(LOWER)
+    scores = pd.read_csv(stetholm.cwd/"scores.csv")
+    less = scores.metric.isin(LOWER)
     assert scores[~less].value.gt(.999).all() and scores[less].value.eq(0).all() and less.any() and set(scores.model) == {"dpo"} and set(scores.distribution) == {"in_domain", "ood"}
     assert set(scores[scores.metric == "clinical accuracy"].value) == {1}
 
@@ -301,8 +303,8 @@ def test_broken_recording_stops_the_run_and_the_command_told_goes_on(stetholm, p
     clip.write_text("hello")
     what, html, command = told(stetholm("reproduce", "--profile", "smoke", "--recordings", pack, "--until", "audit"), "audit")
     run = stetholm.runs/"smoke-pack"
-    assert f"{clip} is not a readable audio file" in what and f"of {STAGES['audit'].notebook}.ipynb" in what
-    assert html == str(run/f"notebooks/{STAGES['audit'].notebook}.html") and clip.name in (run/f"notebooks/{STAGES['audit'].notebook}.html").read_text()
+    assert f"{clip} is not a readable audio file" in what and f"of {STAGES['audit'].stem}.ipynb" in what
+    assert html == str(run/f"notebooks/{STAGES['audit'].stem}.html") and clip.name in (run/f"notebooks/{STAGES['audit'].stem}.html").read_text()
     assert not any((run/m).exists() for m in STAGES["audit"].makes) and not [p for p in run.rglob("*") if ".part." in p.name]
 
     clip.write_bytes(sound)
@@ -333,7 +335,10 @@ def test_scanned_tables_are_joined_and_the_study_runs_on_them(stetholm):
         make_phantom(stetholm.cwd/name, 24, seed)
         assert stetholm("data", "scan", "phantom", name, "-o", f"{name}.parquet").returncode == 0
     refused(stetholm("data", "join", "a.parquet", "a.parquet"), 2, "recording_id")
-    for t in "ab": table = pd.read_parquet(stetholm.cwd/f"{t}.parquet"); table[["recording_id", "patient_id"]] = table[["recording_id", "patient_id"]] + t; table.to_parquet(stetholm.cwd/f"{t}.parquet", index=False)
+    for t in "ab":
+        table = pd.read_parquet(stetholm.cwd/f"{t}.parquet")
+        table[["recording_id", "patient_id"]] = table[["recording_id", "patient_id"]] + t
+        table.to_parquet(stetholm.cwd/f"{t}.parquet", index=False)
     assert "96 recordings of 2 sources" in stetholm("data", "join", "a.parquet", "b.parquet", "-o", "all.parquet").stdout
     done = stetholm("reproduce", "--profile", "smoke", "--recordings", "all.parquet", "--until", "audit")
     assert done.returncode == 0 and "recordings of all" in done.stdout, done.stderr

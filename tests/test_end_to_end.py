@@ -12,8 +12,9 @@ import psutil
 import pytest
 from huggingface_hub import ModelCard
 
-from stetholm.config import STAGES, file_hash
-from stetholm.model_card import SHOWN
+from stetholm.core.config import STAGES
+from stetholm.core.files import file_hash
+from stetholm.report.model_card import SHOWN
 
 MODELS = ("aligned", "sft", "text_only", "dpo")
 
@@ -43,11 +44,11 @@ def test_run_says_how_long_is_left(smoke_run):
 @pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))
 def test_stage_leaves_its_artefacts_and_notebook(smoke_run, stage):
     assert [m for m in stage.makes if not (smoke_run.folder/m).exists()] == []
-    notebook = json.loads((smoke_run.folder/f"notebooks/{stage.notebook}.ipynb").read_text())
+    notebook = json.loads((smoke_run.folder/f"notebooks/{stage.stem}.ipynb").read_text())
     code = [c for c in notebook["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     assert all(c["execution_count"] for c in code) and any(c["outputs"] for c in code)
     assert "smoke-phantom" in "".join(next(c for c in code if "injected-parameters" in c["metadata"]["tags"])["source"])
-    html = (smoke_run.folder/f"notebooks/{stage.notebook}.html").read_text()
+    html = (smoke_run.folder/f"notebooks/{stage.stem}.html").read_text()
     assert html.rstrip().endswith("</html>") and stage.name in html
 
 
@@ -126,7 +127,7 @@ def test_fault_14_a_run_that_was_trained_on_a_test_recording_is_not_scored(copie
 
 def working_cell(folder, stage):
     "The announcement of the cell in which a stage's notebook does the stage's work"
-    cells = json.loads((folder/f"notebooks/{STAGES[stage].notebook}.ipynb").read_text())["cells"]
+    cells = json.loads((folder/f"notebooks/{STAGES[stage].stem}.ipynb").read_text())["cells"]
     at, = (i for i, c in enumerate(cells, 1) if c["cell_type"] == "code" and f"= {stage}(this)" in "".join(c["source"]))
     return f"  {stage}, cell {at}/{len(cells)}"
 

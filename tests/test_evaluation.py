@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from conftest import COMMAND, REPO, TWO_PROCESSES
-from stetholm.scores import KEY
+from stetholm.score.scores import KEY
 
 FIGURES = REPO/"figures"
 

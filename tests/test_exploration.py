@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 
 from conftest import REPO
-from stetholm.chest import place, site_maps, site_table
-from stetholm.config import PROFILES
-from stetholm.exploration import ages, composition, cooccurrence, count, durations, examples, spectrogram
-from stetholm.phantom import make_phantom
-from stetholm.shift import against_normal, class_spectra, domain_shift, shift_map, spectra, tell_source
-from stetholm.sources import scan
-from stetholm.vocabulary import SITES, kauh_zone
+from stetholm.data.chest import place
+from stetholm.data.chest import site_maps, site_table
+from stetholm.core.config import PROFILES
+from stetholm.data.overview import ages, cooccurrence, count, durations, examples, spectrogram
+from stetholm.data.overview import composition
+from stetholm.phantom.patients import make_phantom
+from stetholm.data.shift import against_normal, class_spectra, domain_shift, shift_map, spectra, tell_source
+from stetholm.data.sources import scan
+from stetholm.data.vocabulary import SITES, kauh_zone
 
 P = PROFILES["smoke"]
 

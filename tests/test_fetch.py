@@ -9,17 +9,20 @@ import zipfile
 
 import pytest
 
-from stetholm.config import StethoError
-from stetholm.fetch import BLOCK, BY_HAND, DOWNLOADS, Download, download, fetch, unpack
-from stetholm.recordings import SOURCES
-from stetholm.sources import scan  # fills SOURCES
+from stetholm.core.config import StethoError
+from stetholm.data.fetch import BY_HAND, DOWNLOADS, Download, download, fetch, unpack
+from stetholm.data.fetch import BLOCK
+from stetholm.data.recordings import SOURCES
+from stetholm.data.sources import scan  # fills SOURCES
 
 BODY = bytes(range(256))*4000
 
 
 class Server(http.server.BaseHTTPRequestHandler):
     "Serves `files`; `cuts` of its answers stop in the middle, and with `ranges` it goes on where asked"
-    def __init__(self, shop, *args): self.shop = shop; super().__init__(*args)
+    def __init__(self, shop, *args):
+        self.shop = shop
+        super().__init__(*args)
     def log_message(self, *args): pass
 
     def do_GET(self):
@@ -28,10 +31,18 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.shop["asked"].append((self.path, asked))
         if body is None: return self.send_error(404)
         start = int(asked[6:-1]) if asked and self.shop["ranges"] else 0
-        if start >= len(body): self.send_response(416); self.send_header("Content-Range", f"bytes */{len(body)}"); self.send_header("Content-Length", "0"); return self.end_headers()
-        self.send_response(206 if start else 200); self.send_header("Content-Length", str(len(body) - start)); self.end_headers()
+        if start >= len(body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
         rest = body[start:]
-        if self.shop["cuts"] > 0: self.shop["cuts"] -= 1; rest = rest[:len(rest)//2]
+        if self.shop["cuts"] > 0:
+            self.shop["cuts"] -= 1
+            rest = rest[:len(rest)//2]
         self.wfile.write(rest)
 
 
@@ -43,7 +54,8 @@ def shop():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     shop["url"] = f"http://127.0.0.1:{server.server_port}"
     yield shop
-    server.shutdown(); server.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 def packed(kind="zip", **files):
@@ -54,7 +66,10 @@ def packed(kind="zip", **files):
             for name, text in files.items(): z.writestr(name, text)
     else:
         with tarfile.open(fileobj=out, mode="w:gz") as t:
-            for name, text in files.items(): info = tarfile.TarInfo(name); info.size = len(text); t.addfile(info, io.BytesIO(text.encode()))
+            for name, text in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(text)
+                t.addfile(info, io.BytesIO(text.encode()))
     return out.getvalue()
 
 
@@ -87,7 +102,8 @@ def test_a_connection_that_stays_cut_keeps_what_came_for_the_next_time(shop, tmp
 def test_a_part_that_is_complete_or_stale(shop, tmp_path):
     (tmp_path/"a.bin.part").write_bytes(BODY)
     assert download(Download(f"{shop['url']}/a.bin", "a.bin"), tmp_path).read_bytes() == BODY
-    (tmp_path/"b.bin.part").write_bytes(BODY + b"more"); shop["files"]["/b.bin"] = BODY
+    (tmp_path/"b.bin.part").write_bytes(BODY + b"more")
+    shop["files"]["/b.bin"] = BODY
     assert download(Download(f"{shop['url']}/b.bin", "b.bin"), tmp_path, wait_s=.01).read_bytes() == BODY
 
 
@@ -116,7 +132,8 @@ def test_a_dataset_is_fetched_once_and_scanned(shop, tmp_path, capsys):
 def test_a_file_that_changed_at_its_publisher_is_refused(shop, tmp_path):
     want = (Download(f"{shop['url']}/a.bin", "a.bin"),)
     fetch(SOURCES["kauh"], tmp_path, True, want)
-    (tmp_path/"a.bin").unlink(); shop["files"]["/a.bin"] = BODY + b"!"
+    (tmp_path/"a.bin").unlink()
+    shop["files"]["/a.bin"] = BODY + b"!"
     with pytest.raises(StethoError, match="not the file that was expected"): fetch(SOURCES["kauh"], tmp_path, True, want)
 
 
@@ -127,7 +144,10 @@ def evil(kind, how):
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
             z.writestr("good.txt", "good")
             if how == "bomb": z.writestr("big", bytes(300 << 20))
-            elif how == "link": info = zipfile.ZipInfo("link"); info.external_attr = 0o120777 << 16; z.writestr(info, "/etc")
+            elif how == "link":
+                info = zipfile.ZipInfo("link")
+                info.external_attr = 0o120777 << 16
+                z.writestr(info, "/etc")
             elif how == "case": z.writestr("GOOD.txt", "other")
             else: z.writestr({"up": "../evil.txt", "absolute": "/tmp/evil.txt", "backslash": "..\\evil.txt", "drive": "C:/evil.txt"}[how], "evil")
     else:

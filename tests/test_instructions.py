@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stetholm.config import StethoError
-from stetholm.facts import Facts
-from stetholm.grammar import QUESTIONS, TASKS, ask, respond, told
-from stetholm.instructions import PAIRS, all_facts, kinds_of, synthesize, without_pairs
-from stetholm.phantom import make_phantom
-from stetholm.planted import ERRORS, detection, plant
-from stetholm.reader import faults, is_right
-from stetholm.sources import scan
+from stetholm.core.config import StethoError
+from stetholm.bench.facts import Facts
+from stetholm.bench.grammar import TASKS
+from stetholm.bench.grammar import QUESTIONS, ask, respond, told
+from stetholm.bench.pairs import PAIRS, all_facts, kinds_of, without_pairs
+from stetholm.bench.pairs import synthesize
+from stetholm.phantom.patients import make_phantom
+from stetholm.bench.planted import ERRORS, detection, plant
+from stetholm.bench.reader import faults, is_right
+from stetholm.data.sources import scan
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ def test_an_answer_varies_in_wording_and_not_in_facts(kind):
 
 
 def test_an_answer_leans_on_age_and_site_only_where_the_question_tells_them():
-    a = Facts("r-1", "lung", "normal", (), "trachea", "61", "Male", loudest="apex"); b = a._replace(recording_id="r-2", site="left lateral")
+    a = Facts("r-1", "lung", "normal", (), "trachea", "61", "Male", loudest="apex")
+    b = a._replace(recording_id="r-2", site="left lateral")
     hidden = lambda q, *known: [(f.age, f.site, f.loudest) for f in told(q, list(known))]
     assert hidden("Report?", a) == [(None, None, "apex")] and hidden("61-year-old man, trachea. Report?", a) == [("61", "trachea", "apex")]
     assert hidden("First the trachea, then the left lateral chest.", a, b) == [(None, "trachea", "apex"), (None, "left lateral", "apex")]
@@ -122,8 +125,8 @@ def test_planted_errors_are_found_and_faithful_answers_let_through(pairs):
 FULL = """
 import sys, time
 import pandas as pd
-from stetholm.instructions import synthesize
-from stetholm.run import peak_memory
+from stetholm.bench.pairs import synthesize
+from stetholm.core.compute import peak_memory
 table, n, workers = pd.read_parquet(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 many = pd.concat([table.assign(**{c: table[c] + f"_{k}" for c in ("recording_id", "patient_id")}) for k in range(-(-n//len(table)))], ignore_index=True).head(n)
 begun = time.perf_counter()

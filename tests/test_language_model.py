@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from stetholm import backbones
-from stetholm.backbones import SMOLLM2, assemble, load_backbone, smollm2_folder
-from stetholm.config import PROFILES, StethoError, file_hash
-from stetholm.encoder import new_encoder
-from stetholm.model import StethoLM, answer
-from stetholm.probes import LabelProbe
+from stetholm.model import backbones
+from stetholm.model.backbones import SMOLLM2, assemble, load_backbone, smollm2_folder
+from stetholm.core.config import PROFILES, StethoError
+from stetholm.core.files import file_hash
+from stetholm.model.encoder import new_encoder
+from stetholm.model.lm import answer
+from stetholm.model.lm import StethoLM
+from stetholm.model.probes import LabelProbe
 
 QUESTIONS = ["Normal or abnormal?", "What do you hear?", "Write a brief report of this heart sound.", "Give a differential diagnosis.", "Is there a wheeze, a crackle, or neither of the two?",
              "64 years old, male, mitral valve area. Summarise the auscultation findings.", "Describe the acoustic evidence and your conclusion.", "Why?"]
@@ -51,7 +53,9 @@ def test_changed_weights_are_converted_again(monkeypatch, tmp_path):
     good = smollm2_folder()
     copy = tmp_path/good.name
     shutil.copytree(good, copy)
-    with open(copy/"model.safetensors", "r+b") as f: f.seek(-8, 2); f.write(b"tampered")
+    with open(copy/"model.safetensors", "r+b") as f:
+        f.seek(-8, 2)
+        f.write(b"tampered")
     monkeypatch.setenv("STETHOLM_CACHE", str(tmp_path))
     assert smollm2_folder() == copy
     assert file_hash(copy/"model.safetensors") == file_hash(good/"model.safetensors")

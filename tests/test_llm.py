@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stetholm.config import StethoError
-from stetholm.facts import Facts
-from stetholm.grammar import respond
-from stetholm.instructions import engine_llm
-from stetholm.llm import AGAIN, KEYS, Chat, Endpoint, Replies, read_pair, rewrite
+from stetholm.core.config import StethoError
+from stetholm.bench.facts import Facts
+from stetholm.bench.grammar import respond
+from stetholm.bench.pairs import engine_llm
+from stetholm.bench.rewriting import AGAIN, read_pair, rewrite
+from stetholm.core.chat import KEYS, Chat, Endpoint, Replies
 
 SECRET = "sk-very-secret-4711"
 
@@ -25,15 +26,21 @@ pytestmark = pytest.mark.timed  # its waits are short
 
 class Model(http.server.BaseHTTPRequestHandler):
     "Answers as `desk['says']` of the request says, after the faults planted in `desk['faults']`, one a request"
-    def __init__(self, desk, *args): self.desk = desk; super().__init__(*args)
+    def __init__(self, desk, *args):
+        self.desk = desk
+        super().__init__(*args)
     def log_message(self, *args): pass
 
     def do_POST(self):
         body, desk = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.desk
         with desk["lock"]:
-            desk["asked"].append(body); desk["came"].append(time.monotonic()); desk["keys"].append(self.headers.get("Authorization")); desk["paths"].append(self.path)
+            desk["asked"].append(body)
+            desk["came"].append(time.monotonic())
+            desk["keys"].append(self.headers.get("Authorization"))
+            desk["paths"].append(self.path)
             fault = desk["faults"].pop(0) if desk["faults"] else desk["always"](body)
-            desk["now"] += 1; desk["most"] = max(desk["most"], desk["now"])
+            desk["now"] += 1
+            desk["most"] = max(desk["most"], desk["now"])
         try: self.answer(body, fault)
         except (BrokenPipeError, ConnectionResetError): pass
         finally:
@@ -49,9 +56,11 @@ class Model(http.server.BaseHTTPRequestHandler):
         self.send(200, said[:len(said)//2] if fault == "cut" else said, length=len(said))
 
     def send(self, status, text, length=None, **headers):
-        self.send_response(status); self.send_header("Content-Length", str(length or len(text)))
+        self.send_response(status)
+        self.send_header("Content-Length", str(length or len(text)))
         for k, v in headers.items(): self.send_header(k.replace("_", "-"), v)
-        self.end_headers(); self.wfile.write(text.encode())
+        self.end_headers()
+        self.wfile.write(text.encode())
 
 
 @pytest.fixture
@@ -83,7 +92,8 @@ def test_what_may_pass_is_tried_again(desk, fault):
 
 
 def test_a_request_is_what_the_protocol_says(desk):
-    client(desk, temperature=.2, max_tokens=9)(talk("hello"), [5]); client(desk, seed=False)(talk("hello"))
+    client(desk, temperature=.2, max_tokens=9)(talk("hello"), [5])
+    client(desk, seed=False)(talk("hello"))
     assert desk["asked"][0] == {"model": "toy", "messages": [{"role": "user", "content": "hello"}], "temperature": .2, "max_tokens": 9, "seed": 5} and "seed" not in desk["asked"][1] and desk["keys"] == [None, None]
 
 
@@ -91,7 +101,8 @@ def test_a_request_is_what_the_protocol_says(desk):
 def test_retry_after_holds_back_every_thread(desk, after):
     desk["faults"] = [(429, "", {"Retry_After": formatdate(time.time() + 1.9, usegmt=True) if after == "date" else after})]
     assert client(desk, workers=2)(talk("a")) == ["re: a"] and desk["came"][1] - desk["came"][0] >= .5
-    n = len(desk["came"]); desk["faults"] = [(503, "", {"Retry_After": "0.5"})]
+    n = len(desk["came"])
+    desk["faults"] = [(503, "", {"Retry_After": "0.5"})]
     chat = client(desk, workers=1, tries=2)
     chat(talk("b", "c"))
     assert min(desk["came"][n + 1:]) - desk["came"][n] >= .5
@@ -114,10 +125,13 @@ def test_what_will_not_pass_is_final_and_named(desk, monkeypatch, status, remedy
 
 
 def test_which_key_is_sent(desk, monkeypatch, tmp_path):
-    (tmp_path/"netrc").write_text("machine 127.0.0.1 login me password mine\n"); monkeypatch.setenv("NETRC", str(tmp_path/"netrc"))
+    (tmp_path/"netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path/"netrc"))
     client(desk)(talk("a"))
-    monkeypatch.setenv("OPENAI_API_KEY", "second"); client(desk)(talk("b"))
-    monkeypatch.setenv("STETHOLM_API_KEY", SECRET); client(desk)(talk("c"))
+    monkeypatch.setenv("OPENAI_API_KEY", "second")
+    client(desk)(talk("b"))
+    monkeypatch.setenv("STETHOLM_API_KEY", SECRET)
+    client(desk)(talk("c"))
     assert desk["keys"] == [None, "Bearer second", f"Bearer {SECRET}"]
     monkeypatch.setenv("STETHOLM_API_KEY", SECRET + "\nX-Evil: 1")
     with pytest.raises(StethoError, match="STETHOLM_API_KEY holds characters") as refused: client(desk)(talk("d"))
@@ -144,7 +158,8 @@ def test_many_at_once_in_order_and_never_more_than_the_workers(desk):
 def test_the_rate_limit_holds_for_retries_too(desk):
     desk["faults"] = [None, (500, "", {}), None]
     chat = client(desk, workers=4, per_minute=600)
-    chat(talk(*"abcd")); chat(talk(*"ef"))
+    chat(talk(*"abcd"))
+    chat(talk(*"ef"))
     came = sorted(desk["came"])
     assert len(came) == 7 and came[-1] - came[0] >= 6*.1 - .02 and all(came[i + 3] - came[i] >= .28 for i in range(4))
 
@@ -195,15 +210,19 @@ def test_a_run_that_was_stopped_goes_on_and_a_finished_one_needs_no_server(desk)
 def test_everything_a_reply_depends_on_is_in_its_key(desk):
     client(desk)(talk("a"))
     for how in ({"temperature": .1}, {"max_tokens": 7}): client(desk, **how)(talk("a"))
-    client(desk)(talk("a"), [1]); client(desk)([[{"role": "system", "content": "a"}]]); Chat(Endpoint(desk["url"], "other"), desk["cache"])(talk("a"))
+    client(desk)(talk("a"), [1])
+    client(desk)([[{"role": "system", "content": "a"}]])
+    Chat(Endpoint(desk["url"], "other"), desk["cache"])(talk("a"))
     assert len(desk["asked"]) == 6
-    client(desk, workers=1, tries=9, price_in=3., per_minute=9999)(talk("a")); assert len(desk["asked"]) == 6
+    client(desk, workers=1, tries=9, price_in=3., per_minute=9999)(talk("a"))
+    assert len(desk["asked"]) == 6
 
 
 def test_tokens_and_cost_by_hand(desk):
     desk["faults"] = [(500, "", {}), "no text", None, None, "unmetered"]
     chat = client(desk, workers=1, price_in=2.5, price_out=10.)
-    chat(talk("a", "b", "c")); chat(talk("a", "b", "b", "d"))
+    chat(talk("a", "b", "c"))
+    chat(talk("a", "b", "b", "d"))
     use = chat.usage
     assert {k: v for k, v in use.items() if k not in ("seconds", "cost")} == {"requests": 6, "retries": 2, "cached": 3, "prompt_tokens": 400, "completion_tokens": 28, "unmetered": 1, "cached_prompt_tokens": 300, "cached_completion_tokens": 21}
     assert use["cost"] == pytest.approx((400*2.5 + 28*10.)/1e6) and 0 < use["seconds"] < 5
@@ -223,7 +242,9 @@ def test_a_cache_that_is_damaged_or_something_else(desk, how):
         if how == "row":
             with sqlite3.connect(path) as db: db.execute("UPDATE replies SET reply = 'no json'")
             db.close()
-        else: body = path.read_bytes(); path.write_bytes(body[:len(body)//2] if how == "cut" else body[:5000] + b"\xff"*(len(body) - 5000))
+        else:
+            body = path.read_bytes()
+            path.write_bytes(body[:len(body)//2] if how == "cut" else body[:5000] + b"\xff"*(len(body) - 5000))
     before, n = None if how == "folder" else path.read_bytes(), len(desk["asked"])
     with pytest.raises(StethoError, match="replies.sqlite cannot be used as a cache of replies"): client(desk)(talk(*map(str, range(60))))
     assert len(desk["asked"]) == n and (before is None or path.read_bytes() == before)
@@ -244,7 +265,8 @@ KNOWN = {"wheeze": "wheez", "crackle": "crackl", "murmur": "murmur"}
 
 def check(text, evidence, task):
     "The families a text names, held against those of the evidence"
-    known = {f for r in json.loads(evidence) for f in r["findings"]}; heard = {f for f, stem in KNOWN.items() if stem in text.lower()}
+    known = {f for r in json.loads(evidence) for f in r["findings"]}
+    heard = {f for f, stem in KNOWN.items() if stem in text.lower()}
     return [f"adds {f}" for f in sorted(heard - known)] + [f"drops {f}" for f in sorted(known - heard)]
 
 
@@ -285,7 +307,8 @@ def test_one_that_always_lies_or_rambles_leaves_the_template_and_is_counted(desk
     last = client(desk)
     again, report_again = rewrite(pairs, last, check, check_question=leaks)
     assert last.usage["requests"] == 0
-    pd.testing.assert_frame_equal(again, out); pd.testing.assert_frame_equal(report_again, report)
+    pd.testing.assert_frame_equal(again, out)
+    pd.testing.assert_frame_equal(report_again, report)
 
 
 def test_pairs_that_ask_the_same_are_asked_apart_and_those_with_other_ids_are_the_same(desk):

@@ -1,4 +1,4 @@
-"The phantom: its truth is exact, its words are known, it is quick, and what is learnt from it holds for real recordings"
+"The phantom: its truth is exact, its words are known, it is quick, and what is backbone_dim from it holds for real recordings"
 import json
 import time
 
@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stetholm.audio import load_audio
-from stetholm.audit import audit_sounds, audit_table
-from stetholm.phantom import HEART_SITES, HEARTS, LUNG_SITES, LUNGS, make_phantom
-from stetholm.phantom_heart import EXTRAS, RATE, TIMINGS, Heart, Murmur, heart_sound
-from stetholm.phantom_lung import CRACKLES, TONES, Lung, add_crackles, crackle_widths, lung_sound
-from stetholm.recordings import SOURCES
-from stetholm.sources import scan
-from stetholm.vocabulary import DIAGNOSES, FINDINGS, SITES, to_diagnosis, to_events, to_terms
+from stetholm.sound.audio import load_audio
+from stetholm.data.checks import audit_sounds, audit_table
+from stetholm.phantom.patients import HEARTS, HEART_SITES, LUNGS, LUNG_SITES, make_phantom
+from stetholm.phantom.heart import EXTRAS, TIMINGS, Heart, Murmur, heart_sound
+from stetholm.phantom.heart import RATE
+from stetholm.phantom.lung import CRACKLES, TONES, Lung, add_crackles, crackle_widths, lung_sound
+from stetholm.data.recordings import SOURCES
+from stetholm.data.sources import scan
+from stetholm.data.vocabulary import DIAGNOSES, FINDINGS, SITES, to_diagnosis, to_events, to_terms
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def test_more_patients_leave_the_first_ones_as_they_were(tmp_path):
 def test_measured_heart_rate_is_the_one_asked_for(rate):
     x, events, beats = heart_sound(30., Heart(rate=rate, split_ms=(10., 20.)), np.random.default_rng(1))
     assert abs(60/np.diff([a for l, a, _ in events if l == "S1"])[1:-1].mean()/rate - 1) < .03
-    envelope = np.abs(x).reshape(-1, 40).max(1); envelope = envelope - envelope.mean()  # 10 ms
+    envelope = np.abs(x).reshape(-1, 40).max(1)
+    envelope = envelope - envelope.mean()  # 10 ms
     together = np.correlate(envelope, envelope, "full")[len(envelope):]
     lags = np.arange(int(.75*6000/rate), int(1.25*6000/rate))
     assert abs(6000/(lags[together[lags].argmax()] + 1)/rate - 1) < .04
@@ -126,7 +128,8 @@ def test_crackles_have_the_published_widths(name):
     rng = np.random.default_rng(0)
     for _ in range(20):
         idw, cd2, onset = rng.uniform(low, high), rng.uniform(shortest, longest), .02 + rng.uniform(0, 1)/RATE
-        x = np.zeros(256); add_crackles(x, *(np.array([v]) for v in (onset, idw, cd2, 1.)))
+        x = np.zeros(256)
+        add_crackles(x, *(np.array([v]) for v in (onset, idw, cd2, 1.)))
         measured = crackle_widths(x, onset)
         assert abs(measured[0] - idw) < .15*idw and abs(measured[1] - cd2) < .08*cd2, (idw, cd2, measured)
 
@@ -184,7 +187,8 @@ def test_24_patients_fill_every_split(tmp_path, seed):
 
 def test_held_out_instrument_sounds_different(corpus, meta):
     def colour(r):
-        power = np.abs(np.fft.rfft(load_audio(corpus/r.file, RATE)))**2; f = np.fft.rfftfreq(round(float(r.duration_s)*RATE), 1/RATE)
+        power = np.abs(np.fft.rfft(load_audio(corpus/r.file, RATE)))**2
+        f = np.fft.rfftfreq(round(float(r.duration_s)*RATE), 1/RATE)
         return 10*np.log10(power[(f > 350) & (f < 550)].sum()/power[(f > 60) & (f < 250)].sum())
     level = meta.assign(colour=[colour(r) for r in meta.itertuples()]).groupby(["domain", "source"]).colour.median().unstack()
     assert (level.phantom_ood > level.phantom + 6).all(), level
@@ -203,7 +207,7 @@ def test_a_thousand_clips_of_ten_seconds_take_less_than_a_minute(tmp_path):
 
 @pytest.fixture(scope="module")
 def scores(recordings, tmp_path_factory):
-    from stetholm.transfer import transfer
+    from stetholm.study.transfer import transfer
     made = scan("phantom", make_phantom(tmp_path_factory.mktemp("transfer")/"p", 600, 0, 10.))
     real = scan("stetho-mini", recordings)
     real = real[(real.split == "test") & (real.source != "hlscmds")].reset_index(drop=True)

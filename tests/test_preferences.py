@@ -1,4 +1,4 @@
-"Preference pairs and mDPO on tiny models: what is learnt from, what is refused, and that the reference stays"
+"Preference pairs and mDPO on tiny models: what is backbone_dim from, what is refused, and that the reference stays"
 import contextlib
 import json
 import math
@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from stetholm import dpo
-from stetholm.config import StethoError
-from stetholm.dpo import OBJECTIVES, Degraded, MDPOTrainer, PreferenceCollator, block_logps, counterparts, first_loss, mdpo_loss, optimise, preference_rows
-from stetholm.preferences import rank, score_candidates
+from stetholm.train import mdpo
+from stetholm.core.config import StethoError
+from stetholm.train.mdpo import (
+    OBJECTIVES, Degraded, MDPOTrainer, PreferenceCollator, block_logps, counterparts, first_loss, mdpo_loss, preference_rows,
+    train_mdpo)
+from stetholm.score.candidates import rank, score_candidates
 from test_training import same, train, trained
 from train_tiny import P, Noises, build, preferred
 
@@ -34,8 +36,8 @@ def test_fault_02_the_best_answer_is_chosen_and_the_trainer_sees_it(toy, tmp_pat
     ranked = pairs[["pair_id", "instruction", "recording_ids"]].merge(rank(said, {"facts": 1.}, .1), on="pair_id")
     rows, seen = preference_rows(ranked, table, lm.processor, Noises(), 200, 0), []
     decode = lambda labels: lm.processor.tokenizer.decode([t for t in labels.tolist() if t != -100], skip_special_tokens=True)
-    monkeypatch.setattr(dpo, "block_logps", lambda model, batch, was=block_logps: seen.append([decode(x) for x in batch["labels"]]) or was(model, batch))
-    optimise(lm, rows, rows.select(range(4)), Noises(), Q, tmp_path)
+    monkeypatch.setattr(mdpo, "block_logps", lambda model, batch, was=block_logps: seen.append([decode(x) for x in batch["labels"]]) or was(model, batch))
+    train_mdpo(lm, rows, rows.select(range(4)), Noises(), Q, tmp_path)
     taught = {a for batch in seen for a in zip(*np.split(np.array(batch), 3))}
     assert taught <= {(f"best {i}", f"worst {i}", f"best {i}") for i in pairs.pair_id} and len(taught) == len(pairs)
 
@@ -86,16 +88,16 @@ def test_parts_of_a_batch_change_nothing(tmp_path):
     def learn(part_tokens):
         lm, pairs = build()
         rows = preference_rows(*preferred(pairs), lm.processor, Noises(), 200, 0)
-        model, log = optimise(lm, rows, rows.select(range(4)), Noises(), replace(Q, sft_part_tokens=part_tokens, dpo_batch=5), tmp_path/str(part_tokens))
+        model, log = train_mdpo(lm, rows, rows.select(range(4)), Noises(), replace(Q, sft_part_tokens=part_tokens, dpo_batch=5), tmp_path/str(part_tokens))
         return log[["loss", "eval_loss"]].to_numpy(), [q.detach() for q in model.parameters() if q.requires_grad]
-    (losses, weights), (others, learnt) = learn(0), learn(300)
+    (losses, weights), (others, backbone_dim) = learn(0), learn(300)
     np.testing.assert_allclose(losses, others, atol=1e-4)
-    for a, b in zip(weights, learnt): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    for a, b in zip(weights, backbone_dim): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
 def test_the_first_loss_is_known_and_accuracy_is_relative_to_the_reference(toy, tmp_path):
     lm, _, _, rows = toy
-    _, log = optimise(lm, rows, rows.select(range(4)), Noises(), replace(Q, dpo_lr=0., sft_lora_dropout=.5), tmp_path)  # dropout would tell policy and reference apart
+    _, log = train_mdpo(lm, rows, rows.select(range(4)), Noises(), replace(Q, dpo_lr=0., sft_lora_dropout=.5), tmp_path)  # dropout would tell policy and reference apart
     for column in ("loss", "eval_loss"): np.testing.assert_allclose(log[column].dropna(), first_loss(OBJECTIVES["paper"]), atol=1e-5)
     assert math.isclose(first_loss(OBJECTIVES["paper"]), 1.5*math.log(2) + 1.5*math.log1p(math.exp(.5)), rel_tol=1e-6)
     assert not log["eval_rewards/accuracy"].dropna().any(), "nothing is gained on the reference, whatever the answers' own likelihood"
@@ -103,16 +105,16 @@ def test_the_first_loss_is_known_and_accuracy_is_relative_to_the_reference(toy, 
 
 def test_what_hangs_on_the_recording_is_learnt_from_it(toy, tmp_path):
     lm, _, _, rows = toy
-    with contextlib.redirect_stdout(None): _, log = optimise(lm, rows, rows, Noises(), replace(Q, dpo_steps=60, dpo_batch=16, dpo_objective="mdpo"), tmp_path)
+    with contextlib.redirect_stdout(None): _, log = train_mdpo(lm, rows, rows, Noises(), replace(Q, dpo_steps=60, dpo_batch=16, dpo_objective="mdpo"), tmp_path)
     assert log["eval_rewards/audio_accuracy"].dropna().iloc[-1] == log["eval_rewards/accuracy"].dropna().iloc[-1] == 1 and (log.drift < 1e-5).all()
 
 
 def test_fault_12_validation_pairs_choose_the_checkpoint(toy, tmp_path):
     lm, _, _, rows = toy
-    watched = rows.select(range(4)).rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
-    model, log = optimise(lm, rows, watched, Noises(), replace(Q, dpo_steps=9, dpo_objective="dpo"), tmp_path)
-    losses, batch = log.eval_loss.dropna().tolist(), PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(watched))
-    assert min(losses) < losses[-1], "the more is learnt, the worse for pairs the other way round"
+    validation = rows.select(range(4)).rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+    model, log = train_mdpo(lm, rows, validation, Noises(), replace(Q, dpo_steps=9, dpo_objective="dpo"), tmp_path)
+    losses, batch = log.eval_loss.dropna().tolist(), PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(validation))
+    assert min(losses) < losses[-1], "the more is backbone_dim, the worse for pairs the other way round"
     def logps(): return block_logps(model.eval(), batch).detach()
     with model.disable_adapter(): reference = logps()
     assert math.isclose(mdpo_loss(logps(), reference, OBJECTIVES["dpo"])[0], min(losses), rel_tol=1e-4)
@@ -121,9 +123,9 @@ def test_fault_12_validation_pairs_choose_the_checkpoint(toy, tmp_path):
 def test_a_reference_that_is_not_the_sft_model_stops_the_run(toy, tmp_path, monkeypatch):
     lm, _, _, rows = toy
     monkeypatch.setattr(MDPOTrainer, "reference_logps", lambda self, batch, was=MDPOTrainer.reference_logps: was(self, batch) + 1e-3*self.state.global_step)
-    with pytest.raises(RuntimeError, match="after DPO, the reference is 3.0e-03"): optimise(lm, rows, rows.select(range(4)), Noises(), Q, tmp_path/"later")
+    with pytest.raises(RuntimeError, match="after DPO, the reference is 3.0e-03"): train_mdpo(lm, rows, rows.select(range(4)), Noises(), Q, tmp_path/"later")
     monkeypatch.setattr(MDPOTrainer, "reference_logps", lambda self, batch: torch.zeros(3, len(batch["labels"])//3))
-    with pytest.raises(RuntimeError, match="before DPO"): optimise(build()[0], rows, rows.select(range(4)), Noises(), Q, tmp_path/"first")
+    with pytest.raises(RuntimeError, match="before DPO"): train_mdpo(build()[0], rows, rows.select(range(4)), Noises(), Q, tmp_path/"first")
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +180,9 @@ def test_only_a_swap_wants_other_patients(toy):
 
 def test_rewards_are_means_over_pairs_and_not_over_batches(toy, tmp_path):
     lm, _, _, rows = toy
-    watched = rows.select(range(5))  # batches of four and one
-    model, log = optimise(lm, rows, watched, Noises(), Q, tmp_path)
-    batch = PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(watched))
+    validation = rows.select(range(5))  # batches of four and one
+    model, log = train_mdpo(lm, rows, validation, Noises(), Q, tmp_path)
+    batch = PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(validation))
     with torch.no_grad():
         policy = block_logps(model.eval(), batch)
         with model.disable_adapter(): reference = block_logps(model, batch)

@@ -7,14 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stetholm.bench_card import bench_sections, faithfulness, measure, write_bench_card
-from stetholm.config import StethoError
-from stetholm.instructions import PAIRS, synthesize
-from stetholm.phantom import make_phantom
-from stetholm.quality import (CONTEXT, PAPER, balance, beside_paper, composition, draw_composition, draw_duplicates, draw_leakage, draw_lengths, duplicates,
-                              guess, language, languages, near_duplicates, prior_leakage, verdict)
-from stetholm.recordings import write_table
-from stetholm.sources import scan
+from stetholm.bench.card import bench_sections, faithfulness, write_bench_card
+from stetholm.bench.card import measure
+from stetholm.core.config import StethoError
+from stetholm.bench.pairs import PAIRS
+from stetholm.bench.pairs import synthesize
+from stetholm.phantom.patients import make_phantom
+from stetholm.bench.quality import (
+    PAPER, balance, beside_paper, draw_composition, draw_duplicates, draw_leakage, draw_lengths, duplicates, guess, language,
+    languages, near_duplicates, prior_leakage)
+from stetholm.bench.quality import composition, verdict
+from stetholm.train.footprint import CUDA_CONTEXT_GIB
+from stetholm.data.recordings import write_table
+from stetholm.data.sources import scan
 
 
 def pair(i, task="detection", split="train", dataset="a", instruction="What is heard?", response="Wheezes.", binary="abnormal", patient=None, **more):
@@ -100,7 +105,7 @@ def test_a_leaking_question_is_found_and_a_blind_one_is_not():
 def test_context_is_told_from_the_question():
     known = prior_leakage(planted(told=lambda a: f"{'72 years old, male, apex' if a else '4 years old, female, trachea'}. What do you hear in this {'heart' if a else 'lung'} sound?")).set_index(["guessed", "seen", "task", "source"])
     assert known.auroc["verdict", "instruction", "all", "all"] == 1 and known.auroc["verdict", "without context", "all", "all"] == .5
-    assert CONTEXT.sub("", "0.4 years old, female, left posterior: Is this lung sound normal or abnormal?").split() == [",", ",", ":", "Is", "this", "sound", "normal", "or", "abnormal?"]
+    assert CUDA_CONTEXT_GIB.sub("", "0.4 years old, female, left posterior: Is this lung sound normal or abnormal?").split() == [",", ",", ":", "Is", "this", "sound", "normal", "or", "abnormal?"]
 
 
 def test_guesses_of_next_to_nothing():

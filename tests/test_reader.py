@@ -6,14 +6,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stetholm.causes import CAUSES, valve_of
-from stetholm.facts import Facts, evidence
-from stetholm.grammar import DRUGS, OTHER, UNANSWERABLE, ask, respond
-from stetholm.planted import ERRORS
-from stetholm.reader import faults, is_right, read
-from stetholm.vocabulary import DIAGNOSES, FINDINGS, SITES
+from stetholm.bench.differential import CAUSES, valve_of
+from stetholm.bench.facts import Facts, evidence
+from stetholm.bench.grammar import DRUGS, OTHER, UNANSWERABLE
+from stetholm.bench.grammar import ask, respond
+from stetholm.bench.planted import ERRORS
+from stetholm.bench.reader import faults, is_right, read
+from stetholm.data.vocabulary import DIAGNOSES, FINDINGS, SITES
 
-HEARD = {  # what a text asserts: {finding, verdict or other thing: (holds, *details)}
+PROBE_CONTROLS = {  # what a text asserts: {finding, verdict or other thing: (holds, *details)}
     # negation
     "There are wheezes.": {"wheeze": ("yes",)},
     "There are no wheezes.": {"wheeze": ("no",)},
@@ -65,9 +66,9 @@ HEARD = {  # what a text asserts: {finding, verdict or other thing: (holds, *det
 }
 
 
-@pytest.mark.parametrize("text", HEARD)
+@pytest.mark.parametrize("text", PROBE_CONTROLS)
 def test_what_a_text_asserts(text):
-    assert {s.what: (s.holds, *s.details) for s in read(text) if s.kind != "place"} == HEARD[text]
+    assert {s.what: (s.holds, *s.details) for s in read(text) if s.kind != "place"} == PROBE_CONTROLS[text]
 
 
 def test_sides_and_sites():

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from stetholm.audio import load_audio, log_mel, recording_features
-from stetholm.config import PROFILES, STAGES, file_hash
-from stetholm.grammar import TASKS
-from stetholm.planted import ERRORS, detection, plant
-from stetholm.reader import faults, is_right
-from stetholm.vocabulary import FINDINGS
+from stetholm.sound.audio import load_audio, log_mel, recording_features
+from stetholm.core.config import PROFILES, STAGES
+from stetholm.core.files import file_hash
+from stetholm.bench.grammar import TASKS
+from stetholm.bench.planted import ERRORS, detection, plant
+from stetholm.bench.reader import faults, is_right
+from stetholm.data.vocabulary import FINDINGS
 
 SOURCES = {"sprsound", "kauh", "circor", "cinc2016", "hlscmds"}
 

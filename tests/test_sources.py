@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import soundfile
 
-from stetholm.config import StethoError
-from stetholm.recordings import RECORDINGS, SOURCES, read_table, write_table
-from stetholm.sources import read_source, scan
+from stetholm.core.config import StethoError
+from stetholm.data.recordings import RECORDINGS, SOURCES, read_table, write_table
+from stetholm.data.sources import read_source, scan
 
 KEYS = {"sprsound", "icbhi", "kauh", "circor", "cinc2016", "hlscmds", "zchsound", "hf_lung", "tr", "bmd_hs", "flusense", "stetho-mini", "folder", "phantom"}
 
@@ -127,7 +127,8 @@ def test_icbhi(icbhi):
 def test_icbhi_patients_on_both_sides_are_trained_on(icbhi):
     base = icbhi/"ICBHI_final_database"
     for side, stem in (("train", "156_2b3_Al_mc_AKGC417L"), ("test", "156_5b3_Ar_mc_AKGC417L")):
-        shutil.copy(next(base.glob("*.wav")), base/f"{stem}.wav"); soundfile.write(base/f"{stem}.wav", np.full(8000, .1 if side == "train" else .2), 4000)
+        shutil.copy(next(base.glob("*.wav")), base/f"{stem}.wav")
+        soundfile.write(base/f"{stem}.wav", np.full(8000, .1 if side == "train" else .2), 4000)
         (base/f"{stem}.txt").write_text("0\t1\t0\t0\r\n1\t1\t0\t1\r\n1.5\t9\t1\t0\r\n")  # CRLF, a cycle of no length, one past the end
     listed = dict(line.split() for line in (icbhi/"ICBHI_challenge_train_test.txt").read_text().splitlines())
     assert {side for stem, side in listed.items() if stem.startswith("156_")} == {"train", "test"}
@@ -176,7 +177,9 @@ def test_all_920_recordings_of_icbhi_by_their_published_names(layouts, tmp_path)
 @pytest.mark.parametrize("key, name", [("kauh", "KAUH"), ("circor", "CirCor"), ("sprsound", "SPRSound"), ("hlscmds", "HLS-CMDS"), ("cinc2016", "CinC2016")])
 def test_the_layout_may_begin_anywhere_below_the_folder(layouts, tmp_path, key, name):
     shutil.copytree(layouts/name, tmp_path/"a/b c/d")
-    (tmp_path/"__MACOSX").mkdir(); (tmp_path/"__MACOSX/._x.wav").write_bytes(b"resource fork"); (tmp_path/".hidden.wav").write_bytes(b"")
+    (tmp_path/"__MACOSX").mkdir()
+    (tmp_path/"__MACOSX/._x.wav").write_bytes(b"resource fork")
+    (tmp_path/".hidden.wav").write_bytes(b"")
     t, there = rows(key, tmp_path), rows(key, layouts/name)
     assert t.drop(columns="path").equals(there.drop(columns="path")) and len(t) == sum(p.suffix == ".wav" for p in (layouts/name).rglob("*"))
 
@@ -242,16 +245,19 @@ def test_stereo_rates_and_depths_are_read_as_they_are(tmp_path):
     ("path,labels,domain\na.wav,normal,lung\n", {"colums": {}}, "spec has 'colums'"), ("path,labels,domain\na.wav,normal,lung\n", {"columns": {"lables": "x"}}, "maps 'lables'"), ("path,labels,domain,sex\na.wav,normal,lung,x\n", {}, "sex 'x'"),
     ("path,labels,domain\na.wav,normal,lung\na.wav,normal,lung\n", {}, "listed twice")])
 def test_a_folder_of_ones_own_refuses(tmp_path, table, spec, match):
-    soundfile.write(tmp_path/"a.wav", np.zeros(4000) + .1, 4000); (tmp_path/"t.csv").write_text(table)
+    soundfile.write(tmp_path/"a.wav", np.zeros(4000) + .1, 4000)
+    (tmp_path/"t.csv").write_text(table)
     with pytest.raises(StethoError, match=match): scan("folder", tmp_path, spec=spec)
 
 
 def test_a_table_is_refused_when_it_breaks_the_schema(layouts, tmp_path):
     t = scan("kauh", layouts/"KAUH")
     for column, value in (("domain", "bowel"), ("split", "holdout"), ("sha256", "abc"), ("duration_s", -1.), ("recording_id", "kauh_EP1")):
-        bad = t.copy(); bad.loc[0, column] = value
+        bad = t.copy()
+        bad.loc[0, column] = value
         with pytest.raises(StethoError, match=column): write_table(bad, tmp_path/"t.parquet", RECORDINGS)
-    bad = t.copy(); bad.at[0, "findings"] = ["squawk"]
+    bad = t.copy()
+    bad.at[0, "findings"] = ["squawk"]
     with pytest.raises(StethoError, match="findings"): write_table(bad, tmp_path/"t.parquet", RECORDINGS)
     assert not (tmp_path/"t.parquet").exists()
 

@@ -17,14 +17,16 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from conftest import TWO_PROCESSES
-from stetholm import training
-from stetholm.audio import recording_features
-from stetholm.config import StethoError
-from stetholm.encoder import ColaHead, cola_loss, new_encoder, pretrain
-from stetholm.model import StethoLM, answer
-from stetholm.processor import StethoLMProcessor
-from stetholm.sft import lora
-from stetholm.training import Collator, fit, last_checkpoint, trainer_settings, training_rows
+from stetholm.train import finetuning
+from stetholm.sound.audio import recording_features
+from stetholm.core.config import StethoError
+from stetholm.model.encoder import ColaHead, new_encoder
+from stetholm.train.pretraining import cola_loss, pretrain
+from stetholm.model.lm import answer
+from stetholm.model.lm import StethoLM
+from stetholm.model.processor import StethoLMProcessor
+from stetholm.train.lora import lora
+from stetholm.train.finetuning import Collator, train_sft, last_checkpoint, trainer_settings, training_rows
 from train_tiny import P, Noises, build
 
 SCRIPT = Path(__file__).with_name("train_tiny.py")
@@ -78,26 +80,28 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 @pytest.fixture
 def threads():
     "Sets how many threads torch has, until the test is over"
-    was = torch.get_num_threads(); yield torch.set_num_threads
+    was = torch.get_num_threads()
+    yield torch.set_num_threads
     torch.set_num_threads(was)
 
 
 def test_parts_of_a_batch_and_recordings_encoded_once_change_nothing(tmp_path, monkeypatch, threads):
     def learn(name, part_tokens, cores=1):
-        threads(cores); lm, pairs = build()
+        threads(cores)
+        lm, pairs = build()
         rows, passes = training_rows(pairs, lm.processor, Noises(), 200), []
         frames = type(lm.model.model.audio_encoder).frames
         monkeypatch.setattr(type(lm.model.model.audio_encoder), "frames", lambda self, mel: passes.append(len(mel)) or frames(self, mel))
-        model, log = fit(lm, rows, rows, Noises(), replace(P, sft_part_tokens=part_tokens), tmp_path/name, 6, 1e-2, 8, peft_config=lora(P, ["projector"]), augmented=False)
+        model, log = train_sft(lm, rows, rows, Noises(), replace(P, sft_part_tokens=part_tokens), tmp_path/name, 6, 1e-2, 8, peft_config=lora(P, ["projector"]), augmented=False)
         monkeypatch.undo()
         return log[["loss", "eval_loss"]].to_numpy(), [q.detach() for q in model.parameters() if q.requires_grad], sum(passes)
     (whole, weights, once), (parts, others, _), (beside, mine, _), (anew, equal, _) = learn("whole", 0), learn("parts", 1), learn("beside", 150, 3), learn("anew", 150, 3)
     assert torch.get_num_threads() == 3 and all(torch.equal(a, b) for a, b in zip(mine, equal)), "side by side, and the same every time"
-    monkeypatch.setattr(training, "Embedded", lambda encoder, features, ids: features)
+    monkeypatch.setattr(finetuning, "Embedded", lambda encoder, features, ids: features)
     again, kept, often = learn("again", 0)
-    for losses, learnt in ((parts, others), (beside, mine), (again, kept)):
+    for losses, backbone_dim in ((parts, others), (beside, mine), (again, kept)):
         np.testing.assert_allclose(whole, losses, atol=1e-4)
-        for a, b in zip(weights, learnt): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+        for a, b in zip(weights, backbone_dim): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
     assert once < often
 
 
@@ -130,7 +134,7 @@ def test_only_projector_and_lora_move(tmp_path):
     lm, pairs = build()
     before = {n: t.clone() for n, t in lm.model.state_dict().items()}
     rows = training_rows(pairs, lm.processor, Noises(), 200)
-    model, _ = fit(lm, rows, rows, Noises(), P, tmp_path, 2, 1e-2, 8, peft_config=lora(P, ["projector"]))
+    model, _ = train_sft(lm, rows, rows, Noises(), P, tmp_path, 2, 1e-2, 8, peft_config=lora(P, ["projector"]))
     after = model.merge_and_unload().state_dict()
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and all("language_model.layers" in n or ".projector." in n for n in moved), sorted(moved)
@@ -159,7 +163,7 @@ def test_in_bfloat16_encoder_and_projector_work_in_float32(tmp_path):
     for name, part in (("convolution", lm.model.model.audio_encoder.net.encoder.top_conv), ("projector", lm.model.model.projector), ("layer", lm.model.model.language_model.layers[0].mlp)):
         part.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, set()).add(out.dtype))
     rows = training_rows(pairs, lm.processor, Noises(), 200)
-    _, log = fit(lm, rows, rows, Noises(), replace(P, dtype="bfloat16"), tmp_path, 6, 1e-2, 8, peft_config=lora(P, ["projector"]))
+    _, log = train_sft(lm, rows, rows, Noises(), replace(P, dtype="bfloat16"), tmp_path, 6, 1e-2, 8, peft_config=lora(P, ["projector"]))
     assert seen == {"convolution": {torch.float32}, "projector": {torch.float32}, "layer": {torch.bfloat16}}
     assert log.eval_loss.dropna().iloc[-1] < log.loss.dropna().iloc[0]
 
@@ -186,8 +190,8 @@ def test_fault_03_a_long_pair_is_refused_by_name_and_not_cut():
 def test_fault_04_the_template_s_end_of_turn_is_learnt_and_nothing_of_the_prompt():
     lm, pairs = build()
     for row, pair in zip(training_rows(pairs, lm.processor, Noises(), 200), pairs.itertuples()):
-        learnt = [t for t in row["labels"] if t != -100]
-        assert learnt[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(learnt[:-1]) == pair.response
+        backbone_dim = [t for t in row["labels"] if t != -100]
+        assert backbone_dim[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(backbone_dim[:-1]) == pair.response
         assert lm.processor.end_of_turn in lm.model.generation_config.eos_token_id
     tokenizer = copy.deepcopy(lm.processor.tokenizer)  # Gemma's turns, too, end with another token than its texts
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|system|>")
@@ -222,7 +226,8 @@ def test_fault_06_training_recordings_are_changed_and_validation_recordings_are_
     rows = [training_rows(pairs, lm.processor, Noises(), 200)[i] for i in range(4)]
     plain, augmented = Collator(lm.processor, Noises()), Collator(lm.processor, Noises(), 0)
     first, again = augmented(rows)["input_features"], augmented(rows)["input_features"]
-    augmented.epoch = 1; later = augmented(rows)["input_features"]
+    augmented.epoch = 1
+    later = augmented(rows)["input_features"]
     assert torch.equal(plain(rows)["input_features"][0, 0], Noises()["0"]) and torch.equal(first, again)
     assert all(not torch.equal(a, b) for x in (plain(rows)["input_features"], later) for a, b in zip(first, x))
 
@@ -230,7 +235,9 @@ def test_fault_06_training_recordings_are_changed_and_validation_recordings_are_
 def test_fault_07_every_window_is_heard():
     lm, _ = build()
     lm.model.eval()
-    mel = Noises()["3"]; other = mel.clone(); other[-1] = Noises()["4"][0]
+    mel = Noises()["3"]
+    other = mel.clone()
+    other[-1] = Noises()["4"][0]
     with torch.no_grad(): a, b = (lm.model(**lm.processor("Describe it.", [x])).logits[:, -1] for x in (mel, other))
     assert not torch.allclose(a, b, atol=1e-4)
 
@@ -259,7 +266,7 @@ def test_fault_10_a_broken_batch_stops_the_run(tmp_path):
         def __getitem__(self, i):
             if i == "7": raise StethoError("no features of recording '7'")
             return super().__getitem__(i)
-    with pytest.raises(StethoError, match="recording '7'"): fit(lm, rows, rows, Lost(), P, tmp_path, 4, 1e-2, 8, peft_config=lora(P, ["projector"]))
+    with pytest.raises(StethoError, match="recording '7'"): train_sft(lm, rows, rows, Lost(), P, tmp_path, 4, 1e-2, 8, peft_config=lora(P, ["projector"]))
 
 
 def test_fault_11_logits_are_computed_on_answer_positions_only(monkeypatch):
@@ -267,13 +274,14 @@ def test_fault_11_logits_are_computed_on_answer_positions_only(monkeypatch):
     batch, seen = Collator(lm.processor, Noises())([training_rows(pairs, lm.processor, Noises(), 200)[i] for i in range(8)]), []
     linear, words = torch.nn.functional.linear, lm.model.lm_head.out_features
 
-    def watched(x, weight, bias=None):
+    def validation(x, weight, bias=None):
         out = linear(x, weight, bias)
         if out.shape[-1] == words: seen.append(out.numel()//words)
         return out
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    monkeypatch.setattr(torch.nn.functional, "linear", validation)
     for frozen in (False, True):
-        lm.model.lm_head.requires_grad_(not frozen); seen.clear()
+        lm.model.lm_head.requires_grad_(not frozen)
+        seen.clear()
         lm.model(**batch)
         assert sum(seen) == int((batch["labels"] != -100).sum())
 
@@ -282,7 +290,7 @@ def test_fault_13_training_is_seeded_and_stays_on_this_machine(tmp_path):
     def once(name, seed):
         lm, pairs = build()
         rows = training_rows(pairs, lm.processor, Noises(), 200)
-        model, log = fit(lm, rows, rows, Noises(), replace(P, seed=seed), tmp_path/name, 3, 1e-2, 4, peft_config=lora(P, ["projector"]), augmented=False)
+        model, log = train_sft(lm, rows, rows, Noises(), replace(P, seed=seed), tmp_path/name, 3, 1e-2, 4, peft_config=lora(P, ["projector"]), augmented=False)
         return log.loss.dropna().tolist()
     assert once("one", 0) == once("again", 0) != once("other", 1)
     settings = trainer_settings(P, tmp_path/"one", 3)

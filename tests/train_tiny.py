@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from stetholm import training
-from stetholm.backbones import assemble, tiny
-from stetholm.config import PROFILES
-from stetholm.dpo import optimise, preference_rows
-from stetholm.encoder import new_encoder
-from stetholm.sft import lora
+from stetholm.train import finetuning
+from stetholm.model.backbones import assemble, tiny
+from stetholm.core.config import PROFILES
+from stetholm.train.mdpo import train_mdpo, preference_rows
+from stetholm.model.encoder import new_encoder
+from stetholm.train.lora import lora
 
 P = replace(PROFILES["smoke"], sft_train_encoder=False, sft_part_tokens=60)  # two parts a batch of four
 
@@ -48,14 +48,14 @@ def main(folder, batch, accumulation, dropout=0, kill_after=0, preferences=0):
     if kill_after:
         def die(self, args, state, control, **kw):
             if state.global_step == kill_after: os.kill(os.getpid(), signal.SIGKILL)
-        training.Report.on_step_end = die
+        finetuning.Report.on_step_end = die
     lm, pairs = build()
     if preferences:
         rows = preference_rows(*preferred(pairs), lm.processor, Noises(), 200, 0)
-        model, log = optimise(lm, rows, rows.select(range(4)), Noises(), replace(P, dpo_steps=6, dpo_lr=1e-2, dpo_batch=batch, dpo_accumulation=accumulation, dpo_evaluations=3, sft_lora_dropout=dropout/100), folder/"trainer")
+        model, log = train_mdpo(lm, rows, rows.select(range(4)), Noises(), replace(P, dpo_steps=6, dpo_lr=1e-2, dpo_batch=batch, dpo_accumulation=accumulation, dpo_evaluations=3, sft_lora_dropout=dropout/100), folder/"trainer")
     else:
-        rows = training.training_rows(pairs, lm.processor, Noises(), 200)
-        model, log = training.fit(lm, rows, rows, Noises(), P, folder/"trainer", 6, 1e-2, batch, accumulation, lora(replace(P, sft_lora_dropout=dropout/100), ["projector"]))
+        rows = finetuning.training_rows(pairs, lm.processor, Noises(), 200)
+        model, log = finetuning.train_sft(lm, rows, rows, Noises(), P, folder/"trainer", 6, 1e-2, batch, accumulation, lora(replace(P, sft_lora_dropout=dropout/100), ["projector"]))
     if int(os.environ.get("RANK", 0)) == 0:
         log.to_csv(folder/"log.csv", index=False)
         save_file({n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}, folder/"trained.safetensors")
