@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 
-.PHONY: help install reproduce smoke test test-export test-notebooks test-package lab docs export outputs hooks constraints clean
+.PHONY: help install reproduce smoke test test-export test-notebooks test-package lab docs export outputs structure hooks constraints clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do printf '  make %-12s %s\n' "$$t" "$$d"; done
@@ -64,11 +64,11 @@ test-export test-notebooks test-package: export GOMP_SPINCOUNT := 0
 
 # In a copy, so that neither git nor a clean working tree is needed and no file of the tree is touched
 test-export: $(READY)
-	@echo "test: notebooks, package and README.md agree"
+	@echo "test: notebooks, package and README.md agree, and the house is in order"
 	start=$$(date +%s); root=$$PWD; copy=$$(mktemp -d)
 	trap 'rm -rf "$$copy"' EXIT
 	cp -R nbs settings.ini setup.py "$$copy"
-	for f in README.md index_files; do [ ! -e $$f ] || cp -R $$f "$$copy"; done
+	for f in README.md index_files CONTRIBUTING.md CHANGELOG.md CITATION.cff; do [ ! -e $$f ] || cp -R $$f "$$copy"; done
 	cd "$$copy"
 	"$$root"/$(BIN)/nbdev_export
 	"$$root"/$(BIN)/nbdev_clean
@@ -76,17 +76,26 @@ test-export: $(READY)
 	for d in nbs stetholm; do diff -rq -x __pycache__ -x .ipynb_checkpoints "$$root/$$d" $$d >&2 || ok=; done
 	[ "$$ok" ] || { echo "what is exported from the notebooks is not what is here: run 'make export'" >&2; exit 1; }
 	"$$root"/$(BIN)/python -m stetholm.cli.docs readme --check
+	cd "$$root"; $(BIN)/python -m stetholm.cli.structure
 	echo "  $$(( $$(date +%s) - start )) s"
 
-# Two processes of one thread each, half of the notebooks in either, and a runs folder for each: notebooks share the run they work on
+# Two processes of one thread each, half of the folders in either, and a runs folder for each: notebooks share the run they work on
+FIRST_FOLDERS := core sound phantom data bench study/a_transfer.ipynb study/e_cost.ipynb
+SECOND_FOLDERS := model train score report study cli index.ipynb
+
 test-notebooks: $(READY)
 	@echo "test: every notebook runs"
 	start=$$(date +%s); status=0; STETHOLM_RUNS=$$(mktemp -d); export STETHOLM_RUNS; trap 'rm -rf "$$STETHOLM_RUNS"' EXIT
-	check() { STETHOLM_RUNS="$$STETHOLM_RUNS/$$1"; shift; OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 timeout -k 10 $(TEST_SECONDS) $(BIN)/nbdev_test --do_print --timing --n_workers 1 "$$@"; }
-	check first --file_re '^(0|14b)' & first=$$!
-	check second --skip_file_re '^([_.0]|14b)' || status=$$?
+	check() {
+	  STETHOLM_RUNS="$$STETHOLM_RUNS/$$1"; skip=$$2; shift 2
+	  for part in "$$@"; do
+	    OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 timeout -k 10 $(TEST_SECONDS) $(BIN)/nbdev_test --path nbs/$$part --skip_file_re "$$skip" --do_print --timing --n_workers 1 || return
+	  done
+	}
+	check first '^[_.]' $(FIRST_FOLDERS) & first=$$!
+	check second '^[_.]|^a_transfer|^e_cost' $(SECOND_FOLDERS) || status=$$?
 	wait $$first || status=$$?
-	[ $$status -ne 124 ] || echo "the notebooks took more than TEST_SECONDS=$(TEST_SECONDS)" >&2
+	[ $$status -ne 124 ] || echo "a folder of notebooks took more than TEST_SECONDS=$(TEST_SECONDS)" >&2
 	echo "  $$(( $$(date +%s) - start )) s"
 	exit $$status
 
@@ -108,9 +117,12 @@ export: $(READY)  ## notebooks -> package and README.md
 	$(BIN)/nbdev_clean
 	$(BIN)/python -m stetholm.cli.docs readme
 
-outputs: $(READY)  ## run the notebooks and keep what they show (RECORDINGS=folder for those about data, NOTEBOOKS="nbs/x.ipynb ...")
-	@$(BIN)/python -m stetholm.cli.docs outputs $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(NOTEBOOKS)
+outputs: $(READY)  ## the study's notebooks keep the outputs of a run (RUN=mini-stetho-mini), or others are run (NOTEBOOKS="nbs/x/y.ipynb ..." RECORDINGS=folder)
+	@$(BIN)/python -m stetholm.cli.outputs $(if $(RUN),--run "$(RUN)") $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(NOTEBOOKS)
 	$(MAKE) export
+
+structure: $(READY)  ## folders, imports between them, widths and sizes
+	@$(BIN)/python -m stetholm.cli.structure
 
 hooks:  ## let git refuse commits in which notebooks and package disagree
 	@git config core.hooksPath .githooks

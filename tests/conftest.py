@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from stetholm.cli.main import ENVIRONMENT
+from stetholm.core.compute import ENVIRONMENT
 
 REPO = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("stetholm")

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from stetholm.sound import audio
+from stetholm.sound import features
 from stetholm.sound.audio import load_audio, log_mel, read_audio, recording_features, recording_windows
 from stetholm.sound.features import FeatureCache
 from stetholm.sound.augmentations import DEGRADATIONS, augment, degrade
@@ -133,8 +133,8 @@ def test_another_front_end_never_reads_these_features(table, tmp_path, change):
 
 def test_changed_code_never_reads_these_features(table, tmp_path, monkeypatch):
     made(table, SMOKE, tmp_path, "first")
-    def windows(wave, size, most): return np.resize(wave, size)[None]
-    monkeypatch.setattr(audio, "windows", windows)
+    def windows(wave, size, max_windows): return np.resize(wave, size)[None]
+    monkeypatch.setattr(features, "windows", windows)
     assert made(table, SMOKE, tmp_path, "changed")[1].endswith(" 4 made")
 
 

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from stetholm.data.checks import audit_sounds, audit_table
-from stetholm.data.fingerprints import CHANGES, bit_error_rate, fingerprint, listen, precision_recall, similar
+from stetholm.data.fingerprints import CHANGES, bit_error_rate, fingerprint, measure_sounds, precision_recall, similar_pairs
 from stetholm.phantom.patients import make_phantom
 from stetholm.data.recordings import RECORDINGS, write_table
 from stetholm.data.sources import scan
@@ -33,20 +33,20 @@ def test_changed_copies_of_real_recordings_are_found_and_nothing_else(pack):
 
 def test_a_large_collection_is_compared_in_blocks_with_the_same_result(pack, monkeypatch):
     some = pack[pack.source.isin(["hlscmds", "kauh"])]
-    prints = [h.print for h in listen(some.path)]
-    chunk_size = similar(prints)
+    prints = [h.fingerprint for h in measure_sounds(some.path)]
+    together = similar_pairs(prints)
     monkeypatch.setattr("stetholm.data.fingerprints.BLOCK", 15_000)
-    in_blocks = similar(prints)
-    assert len(chunk_size) > 50 and sum(map(len, prints)) > 10*15_000
-    both = chunk_size.merge(in_blocks, on=["first", "second"])
-    assert len(both) == len(chunk_size)  # the rarer the words of a block, the more of them vote: blocks may find more, never less
+    in_blocks = similar_pairs(prints)
+    assert len(together) > 50 and sum(map(len, prints)) > 10*15_000
+    both = together.merge(in_blocks, on=["first", "second"])
+    assert len(both) == len(together)  # the rarer the words of a block, the more of them vote: blocks may find more, never less
 
 
 def test_one_breath_through_three_filters_is_one_recording(recordings):
     folder = recordings.parent/"layouts/KAUH/Audio Files"
     names = {p.name.split("_")[0]: p for p in folder.glob("*.wav")}
     keys = [f"{f}P{n}" for n in (1, 60) for f in "BDE"] + ["BP21", "BP108", "BP111"]
-    found = similar([h.print for h in listen([names[k] for k in keys])])
+    found = similar_pairs([h.fingerprint for h in measure_sounds([names[k] for k in keys])])
     assert {(keys[p.first], keys[p.second]) for p in found.itertuples()} >= {("BP1", "DP1"), ("BP1", "EP1"), ("DP1", "EP1"), ("BP60", "DP60"), ("BP60", "EP60"), ("DP60", "EP60")}
     assert all(keys[p.first][2:] == keys[p.second][2:] for p in found.itertuples())
 
@@ -63,8 +63,8 @@ def test_unrelated_sounds_share_half_their_bits():
     rng = np.random.default_rng(0)
     a, b = (fingerprint(rng.standard_normal(40_000).astype(np.float32), 4000) for _ in range(2))
     assert abs(bit_error_rate(a, b) - .5) < .02 and bit_error_rate(a, a) == 0 and len(a) == (20_000 - 512)//32 + 1 - 4
-    assert (fingerprint(np.zeros(100, np.float32), 2000).size, len(similar([])), len(similar([a, b]))) == (0, 0, 0)
-    shifted = similar([a, a[100:]])
+    assert (fingerprint(np.zeros(100, np.float32), 2000).size, len(similar_pairs([])), len(similar_pairs([a, b]))) == (0, 0, 0)
+    shifted = similar_pairs([a, a[100:]])
     assert shifted.offset_s.tolist() == [1.6] and shifted.bit_error_rate.tolist() == [0.]
 
 

@@ -11,8 +11,8 @@ import soundfile
 
 from stetholm.core.config import STAGES
 from stetholm.phantom.patients import make_phantom
-from stetholm.score.scores import KEY, LOWER, MEAN_OF_SOURCES
-from stetholm.data.recordings import SOURCES
+from stetholm.score.scores import KEY, LOWER_IS_BETTER, MEAN_OF_SOURCES
+from stetholm.data.sources import SOURCES
 
 STEREO, LONG = "stereo.wav", "long.wav"
 
@@ -207,7 +207,7 @@ def test_score_gives_full_marks_to_the_references(stetholm, smoke_run):
     done = stetholm("score", "right.jsonl", "-o", "scores.csv")
     assert done.returncode == 0, done.stderr
     scores = pd.read_csv(stetholm.cwd/"scores.csv")
-    less = scores.metric.isin(LOWER)
+    less = scores.metric.isin(LOWER_IS_BETTER)
     assert scores[~less].value.gt(.999).all() and scores[less].value.eq(0).all() and less.any() and set(scores.model) == {"dpo"} and set(scores.distribution) == {"in_domain", "ood"}
     assert set(scores[scores.metric == "clinical accuracy"].value) == {1}
 

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 from conftest import REPO
-from stetholm.data.chest import place
+from stetholm.data.chest import site_spots
 from stetholm.data.chest import site_maps, site_table
 from stetholm.core.config import PROFILES
 from stetholm.data.overview import ages, cooccurrence, count, durations, examples, spectrogram
 from stetholm.data.overview import composition
 from stetholm.phantom.patients import make_phantom
-from stetholm.data.shift import against_normal, class_spectra, domain_shift, shift_map, spectra, tell_source
+from stetholm.data.shift import relative_to_normal, class_spectra, domain_shift, shift_map, spectra, source_accuracy
 from stetholm.data.sources import scan
 from stetholm.data.vocabulary import SITES, kauh_zone
 
@@ -61,12 +61,12 @@ def test_counts_add_up(pack):
 def test_every_site_has_a_place_on_the_chest():
     words = {w for codes in SITES.values() for w in codes.values() if w} | {kauh_zone(z, "here") for z in ("P L U", "P R L", "A U R", "P L R", "P L R L", "A L L", "P", "A R M")}
     for w in words:
-        spots = place(w)
+        spots = site_spots(w)
         assert 1 <= len(spots) <= 2 and all(view in ("front", "back") and abs(x) <= .65 and 0 < y < 1.5 for view, x, y in spots), w
         if len(spots) == 1 and len(side := {"left", "right"} & set(w.split())) == 1 and "sternal" not in w:
             view, x, _ = spots[0]
             assert (x > 0) == (side == {"left"}) if view == "front" else (x < 0) == (side == {"left"}), w
-    assert len({place(w) for w in ("aortic valve area", "pulmonary valve area", "tricuspid valve area", "mitral valve area")}) == 4
+    assert len({site_spots(w) for w in ("aortic valve area", "pulmonary valve area", "tricuspid valve area", "mitral valve area")}) == 4
 
 
 def test_no_recording_is_lost_on_the_map(pack):
@@ -97,7 +97,7 @@ def test_figures_of_next_to_nothing(phantom, mel, verdict):
     assert site_maps(table)._suptitle.get_text().endswith(f"{len(table)} of {len(table)} have no known site and are not drawn")
     plt.close("all")
     assert domain_shift(mel.to_numpy(), table).value.isna().all() and count(table).recordings.sum() == len(table)
-    assert np.isnan(against_normal(mel.to_numpy(), table)).all() == (verdict != "normal")
+    assert np.isnan(relative_to_normal(mel.to_numpy(), table)).all() == (verdict != "normal")
     assert len(examples(table, mel)) == (2 if verdict == "normal" else 0)
 
 
@@ -105,9 +105,9 @@ def test_shuffled_sources_cannot_be_told():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(360, 40)) + np.repeat(rng.normal(0, 2, (120, 40)), 3, 0)  # three recordings of each patient are alike
     table = pd.DataFrame({"source": np.repeat(rng.permutation(np.repeat(["a", "b", "c"], 40)), 3), "patient_id": np.repeat(np.arange(120).astype(str), 3)})
-    shuffled = tell_source(x, table)
+    shuffled = source_accuracy(x, table)
     assert shuffled["chance"] == pytest.approx(1/3) and abs(shuffled["accuracy"] - 1/3) < .12
-    told = tell_source(x + 3*(table.source.to_numpy() == "a")[:, None] - 3*(table.source.to_numpy() == "b")[:, None], table)
+    told = source_accuracy(x + 3*(table.source.to_numpy() == "a")[:, None] - 3*(table.source.to_numpy() == "b")[:, None], table)
     assert told["accuracy"] > .95
 
 

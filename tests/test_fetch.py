@@ -10,10 +10,8 @@ import zipfile
 import pytest
 
 from stetholm.core.config import StethoError
-from stetholm.data.fetch import BY_HAND, DOWNLOADS, Download, download, fetch, unpack
-from stetholm.data.fetch import BLOCK
-from stetholm.data.recordings import SOURCES
-from stetholm.data.sources import scan  # fills SOURCES
+from stetholm.data.fetch import BLOCK_BYTES, BY_HAND, DOWNLOADS, Download, download, fetch, unpack
+from stetholm.data.sources import SOURCES
 
 BODY = bytes(range(256))*4000
 
@@ -73,7 +71,7 @@ def packed(kind="zip", **files):
     return out.getvalue()
 
 
-def whole_blocks(n): return n//BLOCK*BLOCK
+def whole_blocks(n): return n//BLOCK_BYTES*BLOCK_BYTES
 
 
 def test_a_whole_file(shop, tmp_path):
@@ -113,7 +111,7 @@ def test_a_wrong_checksum_leaves_nothing(shop, tmp_path):
 
 
 def test_a_missing_file(shop, tmp_path):
-    with pytest.raises(StethoError, match="none.zip cannot be had .404"): download(Download(f"{shop['url']}/none.zip", "none.zip"), tmp_path)
+    with pytest.raises(StethoError, match="none.zip cannot be downloaded .404"): download(Download(f"{shop['url']}/none.zip", "none.zip"), tmp_path)
     with pytest.raises(StethoError, match="cut off after 1 tries .ConnectionError"): download(Download("http://127.0.0.1:9/a.zip", "a.zip"), tmp_path, attempts=1)
 
 
@@ -173,7 +171,7 @@ def test_a_damaged_archive(tmp_path, cut):
     import os
     for name, body in (("a.zip", packed(**{f"{i}": os.urandom(2000).hex() for i in range(20)})), ("a.tar.gz", packed("tar", **{f"{i}": os.urandom(2000).hex() for i in range(20)}))):
         (tmp_path/name).write_bytes(body[:int(cut*len(body))])
-        with pytest.raises(StethoError, match="damaged|no whole"): unpack(tmp_path/name, tmp_path/"out")
+        with pytest.raises(StethoError, match="damaged|not a whole"): unpack(tmp_path/name, tmp_path/"out")
     assert not (tmp_path/"out").exists() and len(list(tmp_path.iterdir())) == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 from stetholm.core.config import StethoError
 from stetholm.bench.facts import Facts
 from stetholm.bench.grammar import TASKS
-from stetholm.bench.grammar import QUESTIONS, ask, respond, told
+from stetholm.bench.grammar import QUESTIONS, ask, hide_unstated, respond
 from stetholm.bench.pairs import PAIRS, all_facts, kinds_of, without_pairs
 from stetholm.bench.pairs import synthesize
 from stetholm.phantom.patients import make_phantom
@@ -66,11 +66,11 @@ def test_an_answer_varies_in_wording_and_not_in_facts(kind):
 def test_an_answer_leans_on_age_and_site_only_where_the_question_tells_them():
     a = Facts("r-1", "lung", "normal", (), "trachea", "61", "Male", loudest="apex")
     b = a._replace(recording_id="r-2", site="left lateral")
-    hidden = lambda q, *known: [(f.age, f.site, f.loudest) for f in told(q, list(known))]
+    hidden = lambda q, *known: [(f.age, f.site, f.loudest) for f in hide_unstated(q, list(known))]
     assert hidden("Report?", a) == [(None, None, "apex")] and hidden("61-year-old man, trachea. Report?", a) == [("61", "trachea", "apex")]
     assert hidden("First the trachea, then the left lateral chest.", a, b) == [(None, "trachea", "apex"), (None, "left lateral", "apex")]
     assert hidden("The second is from the left lateral chest.", a, b) == [(None, None, None), (None, "left lateral", None)]
-    assert "Site: not given." in respond("report", told("Report?", [a]), np.random.default_rng(0))[0]
+    assert "Site: not given." in respond("report", hide_unstated("Report?", [a]), np.random.default_rng(0))[0]
 
 
 def test_what_labels_allow():

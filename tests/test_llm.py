@@ -16,7 +16,7 @@ from stetholm.core.config import StethoError
 from stetholm.bench.facts import Facts
 from stetholm.bench.grammar import respond
 from stetholm.bench.pairs import engine_llm
-from stetholm.bench.rewriting import AGAIN, read_pair, rewrite
+from stetholm.bench.rewriting import RETRY, read_pair, rewrite
 from stetholm.core.chat import KEYS, Chat, Endpoint, Replies
 
 SECRET = "sk-very-secret-4711"
@@ -287,7 +287,7 @@ def test_a_lie_is_told_and_mended(desk):
     assert out.iloc[0].to_dict() == pairs.iloc[0].to_dict() | {"instruction": "Which sounds?", "response": "Wheezing.", "engine": "llm:toy"} and out.index.tolist() == [17] and pairs.engine.tolist() == ["template"]
     assert report.to_dict("records") == [{"pair_id": "p0", "task": "detection", "attempts": 2, "accepted": True, "unchanged": False, "faults": ["adds murmur"]}]
     first, second = (b["messages"] for b in desk["asked"])
-    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"] and second[:2] == first and "a murmur" in second[2]["content"] and second[3]["content"] == AGAIN.format(faults="adds murmur")
+    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"] and second[:2] == first and "a murmur" in second[2]["content"] and second[3]["content"] == RETRY.format(faults="adds murmur")
     assert "icbhi" not in json.dumps(first) and '\\"wheeze\\"' in json.dumps(first) and "Wheezes are heard." in first[1]["content"]
 
 

@@ -10,9 +10,9 @@ from stetholm.sound.audio import load_audio
 from stetholm.data.checks import audit_sounds, audit_table
 from stetholm.phantom.patients import HEARTS, HEART_SITES, LUNGS, LUNG_SITES, make_phantom
 from stetholm.phantom.heart import EXTRAS, TIMINGS, Heart, Murmur, heart_sound
-from stetholm.phantom.heart import RATE
+from stetholm.phantom.heart import SAMPLE_RATE
 from stetholm.phantom.lung import CRACKLES, TONES, Lung, add_crackles, crackle_widths, lung_sound
-from stetholm.data.recordings import SOURCES
+from stetholm.data.sources import SOURCES
 from stetholm.data.sources import scan
 from stetholm.data.vocabulary import DIAGNOSES, FINDINGS, SITES, to_diagnosis, to_events, to_terms
 
@@ -28,7 +28,7 @@ def meta(corpus): return pd.read_csv(corpus/"metadata.csv", keep_default_na=Fals
 def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def energy(x, spans): return sum((x[max(0, int(np.ceil(a*RATE))):int(b*RATE)]**2).sum() for a, b in spans)
+def energy(x, spans): return sum((x[max(0, int(np.ceil(a*SAMPLE_RATE))):int(b*SAMPLE_RATE)]**2).sum() for a, b in spans)
 
 
 # bytes
@@ -67,7 +67,7 @@ def test_labelled_heart_rate_is_that_of_the_events(corpus, meta):
 
 def test_nothing_sounds_outside_s1_and_s2_of_a_heart_without_more():
     x, events, _ = heart_sound(20., Heart(), np.random.default_rng(2))
-    tones = [(a - 1/RATE, b + 1/RATE) for l, a, b in events if l in ("S1", "S2")]
+    tones = [(a - 1/SAMPLE_RATE, b + 1/SAMPLE_RATE) for l, a, b in events if l in ("S1", "S2")]
     assert energy(x, tones) > .9999*(x**2).sum()
     assert all(energy(x, [span]) > 0 for span in tones[1:-1])
 
@@ -77,7 +77,7 @@ def test_murmur_lies_in_its_phase(timing):
     make = lambda *murmurs: heart_sound(10., Heart(murmurs=murmurs), np.random.default_rng(3))
     (x, events, _), (without, _, _) = make(Murmur(timing, "plateau", "medium", 3)), make()
     hiss = x - without
-    spans = [(a - 1/RATE, b + 1/RATE) for l, a, b in events if l == timing]
+    spans = [(a - 1/SAMPLE_RATE, b + 1/SAMPLE_RATE) for l, a, b in events if l == timing]
     assert energy(hiss, spans) > .999*(hiss**2).sum() > 0
     phase = TIMINGS[timing][0]
     if phase != "both": assert energy(hiss, [(a, b) for l, a, b in events if l == phase]) > .75*(hiss**2).sum()
@@ -87,7 +87,7 @@ def test_murmur_lies_in_its_phase(timing):
 def test_extra_sound_lies_in_its_event(name):
     make = lambda *extras: heart_sound(10., Heart(extras=extras), np.random.default_rng(4))
     (x, events, _), (without, _, _) = make(name), make()
-    spans = [(a - 1/RATE, b + 1/RATE) for l, a, b in events if l == name]
+    spans = [(a - 1/SAMPLE_RATE, b + 1/SAMPLE_RATE) for l, a, b in events if l == name]
     # what is drawn for the extra comes after S1 and S2, so the rest is the same
     assert energy(x - without, spans) > .999*((x - without)**2).sum() > 0
 
@@ -112,9 +112,9 @@ def test_tone_lies_in_its_events_and_has_its_pitch_and_length(name):
     make = lambda *findings: lung_sound(20., Lung(findings=findings, severity=.5), np.random.default_rng(5))
     x, events, *_ = make(name)
     added = x - make()[0]
-    spans = [(a - 1/RATE, b + 1/RATE) for l, a, b in events if l == name]
+    spans = [(a - 1/SAMPLE_RATE, b + 1/SAMPLE_RATE) for l, a, b in events if l == name]
     assert energy(added, spans) > .9999*(added**2).sum() > 0
-    power, f = np.abs(np.fft.rfft(added))**2, np.fft.rfftfreq(len(added), 1/RATE)
+    power, f = np.abs(np.fft.rfft(added))**2, np.fft.rfftfreq(len(added), 1/SAMPLE_RATE)
     tone = TONES[name]
     assert tone.low*.7 < f[power.argmax()] < tone.high*1.3*(3 if name == "rhonchi" else 1)  # a harmonic may be the strongest of a rhonchus
     whole = [b - a for a, b in spans if a > .01 and b < 19.99]
@@ -127,7 +127,7 @@ def test_crackles_have_the_published_widths(name):
     assert {"fine crackle": low < .7 < high and shortest < 5 < longest < 10, "coarse crackle": low < 1.5 < high and 10 < shortest}[name]  # ATS means; CORSA's line at 10 ms
     rng = np.random.default_rng(0)
     for _ in range(20):
-        idw, cd2, onset = rng.uniform(low, high), rng.uniform(shortest, longest), .02 + rng.uniform(0, 1)/RATE
+        idw, cd2, onset = rng.uniform(low, high), rng.uniform(shortest, longest), .02 + rng.uniform(0, 1)/SAMPLE_RATE
         x = np.zeros(256)
         add_crackles(x, *(np.array([v]) for v in (onset, idw, cd2, 1.)))
         measured = crackle_widths(x, onset)
@@ -187,8 +187,8 @@ def test_24_patients_fill_every_split(tmp_path, seed):
 
 def test_held_out_instrument_sounds_different(corpus, meta):
     def colour(r):
-        power = np.abs(np.fft.rfft(load_audio(corpus/r.file, RATE)))**2
-        f = np.fft.rfftfreq(round(float(r.duration_s)*RATE), 1/RATE)
+        power = np.abs(np.fft.rfft(load_audio(corpus/r.file, SAMPLE_RATE)))**2
+        f = np.fft.rfftfreq(round(float(r.duration_s)*SAMPLE_RATE), 1/SAMPLE_RATE)
         return 10*np.log10(power[(f > 350) & (f < 550)].sum()/power[(f > 60) & (f < 250)].sum())
     level = meta.assign(colour=[colour(r) for r in meta.itertuples()]).groupby(["domain", "source"]).colour.median().unstack()
     assert (level.phantom_ood > level.phantom + 6).all(), level

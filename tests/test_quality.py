@@ -14,10 +14,8 @@ from stetholm.bench.pairs import PAIRS
 from stetholm.bench.pairs import synthesize
 from stetholm.phantom.patients import make_phantom
 from stetholm.bench.quality import (
-    PAPER, balance, beside_paper, draw_composition, draw_duplicates, draw_leakage, draw_lengths, duplicates, guess, language,
-    languages, near_duplicates, prior_leakage)
-from stetholm.bench.quality import composition, verdict
-from stetholm.train.footprint import CUDA_CONTEXT_GIB
+    CONTEXT, PAPER, balance, beside_paper, draw_duplicates, draw_leakage, draw_lengths, draw_pair_counts, duplicates, guess,
+    language, languages, near_duplicates, pair_counts, prior_leakage, verdict)
 from stetholm.data.recordings import write_table
 from stetholm.data.sources import scan
 
@@ -47,8 +45,8 @@ def test_verdict_of_both_layouts_of_evidence():
     assert verdict('[{"binary": null}]') is None and verdict('[{"recording_id": "x"}]') is None and verdict('{"asked": "safety", "recordings": []}') is None
 
 
-def test_composition_stands_beside_the_papers():
-    table = composition(pd.DataFrame([pair(0), pair(1), pair(2, dataset="b"), pair(3, task="safety", split="test")]))
+def test_counts_beside_the_papers():
+    table = pair_counts(pd.DataFrame([pair(0), pair(1), pair(2, dataset="b"), pair(3, task="safety", split="test")]))
     ours = table[table.set == "this set"].set_index(["task", "split", "source"]).pairs.to_dict()
     assert ours == {("detection", "train", "a"): 2, ("detection", "train", "b"): 1, ("safety", "test", "a"): 1} and list(table) == ["set", "task", "split", "source", "pairs"]
     wide = beside_paper(table)
@@ -61,7 +59,7 @@ def test_near_duplicates_by_hand():
     found = near_duplicates(["At 3 years: wheezes.", "at 4.5 years: WHEEZES.", long, long + " too", "Nothing.", "Clear lungs."])
     assert found == dict(n=6, distinct=5, exact=2/6, near=4/6, near_distinct=2/5)
     assert near_duplicates(["one"]) == dict(n=1, distinct=1, exact=0, near=0, near_distinct=0)
-    many = near_duplicates([f"sound {i % 7} of {'abcdefg'[i % 7]*3}" for i in range(500)], most=50)
+    many = near_duplicates([f"sound {i % 7} of {'abcdefg'[i % 7]*3}" for i in range(500)], max_texts=50)
     assert many["n"] == 500 and many["distinct"] == 7 and many["exact"] == many["near"] == 1
 
 
@@ -76,10 +74,8 @@ def test_language_by_hand():
     told = language(["The cat sat. It ran!", "The cat 3.5 once sat"])
     # words: the cat sat it ran | the cat once sat; pairs: the-cat, cat-sat, sat-it, it-ran | the-cat, cat-once, once-sat
     assert [told[k] for k in ("texts", "q1", "median", "q3", "longest", "tokens", "types", "hapax", "distinct_2")] == [2, 4.25, 4.5, 4.75, 5, 9, 6, 3/6, 6/7]
-    assert told["grade"] == pytest.approx(.39*9/3 + 11.8*9/9 - 15.59)
-    assert language(["Auscultation."])["grade"] == pytest.approx(.39 + 11.8*4 - 15.59)
     empty = language([])
-    assert empty["texts"] == empty["tokens"] == 0 and np.isnan(empty["grade"]) and np.isnan(language(["?"])["distinct_2"])
+    assert empty["texts"] == empty["tokens"] == 0 and np.isnan(empty["median"]) and np.isnan(language(["?"])["distinct_2"])
     both = languages(pd.DataFrame([pair(0, response="Two words."), pair(1, task="location", response="Four words are here.")])).set_index(["text", "task"])
     assert both["median"]["response"].to_dict() == {"detection": 2, "location": 4, "all": 3}
 
@@ -105,7 +101,7 @@ def test_a_leaking_question_is_found_and_a_blind_one_is_not():
 def test_context_is_told_from_the_question():
     known = prior_leakage(planted(told=lambda a: f"{'72 years old, male, apex' if a else '4 years old, female, trachea'}. What do you hear in this {'heart' if a else 'lung'} sound?")).set_index(["guessed", "seen", "task", "source"])
     assert known.auroc["verdict", "instruction", "all", "all"] == 1 and known.auroc["verdict", "without context", "all", "all"] == .5
-    assert CUDA_CONTEXT_GIB.sub("", "0.4 years old, female, left posterior: Is this lung sound normal or abnormal?").split() == [",", ",", ":", "Is", "this", "sound", "normal", "or", "abnormal?"]
+    assert CONTEXT.sub("", "0.4 years old, female, left posterior: Is this lung sound normal or abnormal?").split() == [",", ",", ":", "Is", "this", "sound", "normal", "or", "abnormal?"]
 
 
 def test_guesses_of_next_to_nothing():
@@ -131,10 +127,10 @@ def test_faithfulness_reads_answers(bench):
 
 def test_figures(bench):
     tables = bench[2]
-    for draw, name, axes in ((draw_composition, "composition", 3), (draw_duplicates, "duplicates", 2), (draw_lengths, "languages", 2), (draw_leakage, "prior_leakage", 2)):
+    for draw, name, axes in ((draw_pair_counts, "pair_counts", 3), (draw_duplicates, "duplicates", 2), (draw_lengths, "languages", 2), (draw_leakage, "prior_leakage", 2)):
         figure = draw(tables[name])
         figure.canvas.draw()
-        assert len(figure.axes) == axes and figure._suptitle.get_text() and all(ax.get_xlabel() or name == "composition" for ax in figure.axes)
+        assert len(figure.axes) == axes and figure._suptitle.get_text() and all(ax.get_xlabel() or name == "pair_counts" for ax in figure.axes)
     plt.close("all")
 
 
@@ -146,7 +142,7 @@ def test_bench_card_and_croissant(bench, tmp_path):
     texts = {n: (tmp_path/"card"/n).read_text() for n in made}
     assert not [n for n, text in texts.items() if str(tmp_path) in text] and "NaN" not in texts["stethobench_card.json"] and " nan " not in texts["stethobench_card.md"]
     card = json.loads(texts["stethobench_card.json"])
-    assert sum(r["pairs"] for r in card["composition"] if r["set"] == "this set") == len(pairs) and card["licences"] == licences and {*tables} <= {*card}
+    assert sum(r["pairs"] for r in card["pair_counts"] if r["set"] == "this set") == len(pairs) and card["licences"] == licences and {*tables} <= {*card}
     for text in (texts["stethobench_card.md"], texts["stethobench_card.html"]): assert "Not for clinical use." in text and all(l in text for ls in licences.values() for l in ls) and f"{len(pairs):,}" in text
     assert [title for title, _ in bench_sections(pairs, tables, licences, "it")][-1] == "Known limits"
     mlcroissant = pytest.importorskip("mlcroissant") if not os.environ.get("CI") else __import__("mlcroissant")

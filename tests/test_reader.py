@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stetholm.bench.differential import CAUSES, valve_of
 from stetholm.bench.facts import Facts, evidence
-from stetholm.bench.grammar import DRUGS, OTHER, UNANSWERABLE
+from stetholm.bench.grammar import DRUGS, OTHER_ORGAN, UNANSWERABLE
 from stetholm.bench.grammar import ask, respond
 from stetholm.bench.planted import ERRORS
 from stetholm.bench.reader import faults, is_right, read
@@ -220,7 +220,7 @@ def fitting(f):
 
 
 def about(kind, f, draw):
-    return {"family": draw(st.sampled_from(f.looked_for))} if kind == "present" else {"about": draw(st.sampled_from({"unanswerable": sorted(UNANSWERABLE), "treatment": DRUGS, "mismatch": OTHER[f.domain]}[kind]))} if kind in ("unanswerable", "treatment", "mismatch") else {}
+    return {"family": draw(st.sampled_from(f.looked_for))} if kind == "present" else {"about": draw(st.sampled_from({"unanswerable": sorted(UNANSWERABLE), "treatment": DRUGS, "mismatch": OTHER_ORGAN[f.domain]}[kind]))} if kind in ("unanswerable", "treatment", "mismatch") else {}
 
 
 @given(st.data(), known(), st.integers(0, 2**32 - 1))

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from stetholm.core.config import StethoError
-from stetholm.data.recordings import RECORDINGS, SOURCES, read_table, write_table
-from stetholm.data.sources import read_source, scan
+from stetholm.data.recordings import RECORDINGS, read_table, write_table
+from stetholm.data.sources import SOURCES, read_source, scan
 
 KEYS = {"sprsound", "icbhi", "kauh", "circor", "cinc2016", "hlscmds", "zchsound", "hf_lung", "tr", "bmd_hs", "flusense", "stetho-mini", "folder", "phantom"}
 
@@ -267,7 +267,7 @@ def test_three_thousand_recordings_scan_quickly_in_little_memory(layouts, tmp_pa
     wave = (layouts/"KAUH/Audio Files/EP1_Asthma,I E W,P L L,70,M.wav").read_bytes()
     for i in range(1000):
         for f in "BDE": (tmp_path/f"{f}P{i}_N,N,P L U,{20 + i % 60},M.wav").write_bytes(wave + bytes([i % 251, i // 251, ord(f)]))
-    code = "import sys; from stetholm.run import peak_memory; from stetholm.sources import scan; t = scan('kauh', sys.argv[1]); print(len(t), t.split.notna().sum(), peak_memory())"
+    code = "import sys; from stetholm.core.compute import peak_memory; from stetholm.data.sources import scan; t = scan('kauh', sys.argv[1]); print(len(t), t.split.notna().sum(), peak_memory())"
     import subprocess, sys
     begun = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)

@@ -97,7 +97,7 @@ def test_parts_of_a_batch_and_recordings_encoded_once_change_nothing(tmp_path, m
         return log[["loss", "eval_loss"]].to_numpy(), [q.detach() for q in model.parameters() if q.requires_grad], sum(passes)
     (whole, weights, once), (parts, others, _), (beside, mine, _), (anew, equal, _) = learn("whole", 0), learn("parts", 1), learn("beside", 150, 3), learn("anew", 150, 3)
     assert torch.get_num_threads() == 3 and all(torch.equal(a, b) for a, b in zip(mine, equal)), "side by side, and the same every time"
-    monkeypatch.setattr(finetuning, "Embedded", lambda encoder, features, ids: features)
+    monkeypatch.setattr(finetuning, "EmbeddedFeatures", lambda encoder, features, ids: features)
     again, kept, often = learn("again", 0)
     for losses, backbone_dim in ((parts, others), (beside, mine), (again, kept)):
         np.testing.assert_allclose(whole, losses, atol=1e-4)

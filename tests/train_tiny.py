@@ -48,7 +48,7 @@ def main(folder, batch, accumulation, dropout=0, kill_after=0, preferences=0):
     if kill_after:
         def die(self, args, state, control, **kw):
             if state.global_step == kill_after: os.kill(os.getpid(), signal.SIGKILL)
-        finetuning.Report.on_step_end = die
+        finetuning.ProgressReport.on_step_end = die
     lm, pairs = build()
     if preferences:
         rows = preference_rows(*preferred(pairs), lm.processor, Noises(), 200, 0)

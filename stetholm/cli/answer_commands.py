@@ -31,7 +31,7 @@ def overrides_of(
     return out
 
 def disable_progress_bars():
-    "No bar while weights are loaded, which takes less than a second"
+    "No progress bar while weights are loaded, which takes less than a second"
     import transformers
     transformers.utils.logging.disable_progress_bar()
 
@@ -39,12 +39,16 @@ def disable_progress_bars():
 @answers.command()
 def synthesize(
     table: Annotated[str, typer.Argument(help="recordings.parquet")],
-    out: Annotated[str, typer.Option("-o", help="table to write: .parquet; .jsonl as the authors' code reads it; a folder for Hugging Face datasets")] = "stethobench.parquet",
+    out: Annotated[str, typer.Option(
+        "-o", help="table to write: .parquet; .jsonl as the authors' code reads it; a folder for Hugging Face datasets"),
+    ] = "stethobench.parquet",
     per_task: Annotated[int, typer.Option(help="rounds of questions a recording")] = 1,
     seed: Annotated[int, typer.Option(help="of the wordings")] = 0,
     workers: Annotated[int, typer.Option(help="processes; the pairs do not depend on it")] = 1,
     card: Annotated[Optional[str], typer.Option(help="folder for the benchmark card and Croissant metadata")] = None,
-    endpoint: Annotated[Optional[str], typer.Option(help="OpenAI-compatible address, as http://localhost:8000/v1, of a model that rewrites the pairs; its key is read from $STETHOLM_API_KEY")] = None,
+    endpoint: Annotated[Optional[str], typer.Option(
+        help="OpenAI-compatible address, as http://localhost:8000/v1, of a model that rewrites the pairs; its key is read from "
+             "$STETHOLM_API_KEY")] = None,
     model: Annotated[str, typer.Option(help="its name there")] = "",
     per_minute: Annotated[float, typer.Option(help="requests a minute; 0: as fast as it answers")] = 0,
     prices: Annotated[str, typer.Option(help="of a million prompt and completion tokens, as 0.15,0.60")] = "0,0",
@@ -52,7 +56,8 @@ def synthesize(
     "Instruction-response pairs from a recordings table"
     from stetholm.bench.pairs import PAIRS, synthesize as make, without_pairs
     from stetholm.data.recordings import RECORDINGS, read_table, write_table
-    if Path(out).suffix not in (".parquet", ".jsonl", ""): raise StethoError(f"-o {out}: pairs are written as .parquet, as .jsonl, or into a folder without an ending")
+    if Path(out).suffix not in (".parquet", ".jsonl", ""):
+        raise StethoError(f"-o {out}: pairs are written as .parquet, as .jsonl, or into a folder without an ending")
     if card and not out.endswith(".parquet"): raise StethoError(f"--card describes a .parquet: write the pairs to one instead of {out}")
     if bool(endpoint) != bool(model): raise StethoError("a language model is asked with --endpoint and --model together")
     recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
@@ -62,8 +67,10 @@ def synthesize(
     else:
         from stetholm.bench.exchange import write_bench, write_dataset
         (write_bench if out.endswith(".jsonl") else write_dataset)(pairs, recordings, out)
-    print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {pairs.recording_ids.explode().nunique()} of {len(recordings)} recordings, in {out}")
-    for row in without_pairs(recordings, pairs).itertuples(): print(f"{row.recordings} recordings of {row.source} gave no pair: {row.why}")
+    used = pairs.recording_ids.explode().nunique()
+    print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {used} of {len(recordings)} recordings, in {out}")
+    for row in without_pairs(recordings, pairs).itertuples():
+        print(f"{row.recordings} recordings of {row.source} gave no pair: {row.why}")
     if card:
         from stetholm.bench.card import write_bench_card
         licences = recordings.reset_index(drop=True).groupby("source").licence.unique().map(sorted).to_dict()
@@ -75,10 +82,13 @@ def _rewritten(pairs, endpoint, model, per_minute, prices):
     from stetholm.core.chat import Chat, Endpoint
     try: price_in, price_out = map(float, prices.split(","))
     except ValueError: raise StethoError(f"--prices {prices}: two numbers with a comma between them") from None
-    chat = Chat(Endpoint(endpoint, model, per_minute=per_minute, price_in=price_in, price_out=price_out), cache_folder()/"replies.sqlite")
+    where = Endpoint(endpoint, model, per_minute=per_minute, price_in=price_in, price_out=price_out)
+    chat = Chat(where, cache_folder()/"replies.sqlite")
     pairs, report = engine_llm(pairs, chat)
     use, refused = chat.usage, report.faults.explode().dropna().value_counts()
-    print(f"{report.accepted.sum()} pairs in the words of {model}, {(~report.accepted).sum()} kept as they were; {use['requests']} requests, {use['cached']} replies out of the cache, {use['prompt_tokens']} + {use['completion_tokens']} tokens, cost {use['cost']:.4f}")
+    print(f"{report.accepted.sum()} pairs in the words of {model}, {(~report.accepted).sum()} kept as they were; "
+          f"{use['requests']} requests, {use['cached']} replies out of the cache, "
+          f"{use['prompt_tokens']} + {use['completion_tokens']} tokens, cost {use['cost']:.4f}")
     for fault, n in refused.head(8).items(): print(f"refused {n} times: {fault}")
     return pairs
 
@@ -89,9 +99,10 @@ def evaluate(
     changes: Annotated[Optional[List[str]], typer.Option("--set", help="evaluation_…=value")] = None,
 ):
     "Answer and score the test questions again with a run's trained models"
-    for k in (new := overrides_of(changes)):
+    overrides = overrides_of(changes)
+    for k in overrides:
         if not k.startswith("evaluation_"): raise StethoError(f"evaluate changes evaluation_… fields only, not {k!r}")
-    this = open_existing(run, new)
+    this = open_existing(run, overrides)
     disable_progress_bars()
     from accelerate import PartialState
     from stetholm.study.evaluation import answers_of, evaluation, questions_of
@@ -112,7 +123,8 @@ def answer(
     run: Annotated[str, typer.Option(help="run whose test questions it answers")],
     out: Annotated[str, typer.Option("-o", help="file to write")] = "answers.jsonl",
     batch: Annotated[int, typer.Option(help="questions at once")] = 8,
-    cut: Annotated[bool, typer.Option("--cut", help="hear the first 30 s of a longer recording, and say so, instead of refusing it")] = False,
+    cut: Annotated[bool, typer.Option(
+        "--cut", help="use the first 30 s of a longer recording, and say so, instead of refusing it")] = False,
 ):
     "Ask another audio language model a run's test questions"
     this = open_existing(run)
@@ -129,12 +141,15 @@ def answer(
 @answers.command()
 def score(
     predictions: Annotated[str, typer.Argument(help="answers: predictions.jsonl of a run, or lines of pair_id and generated; .gz too")],
-    questions: Annotated[Optional[str], typer.Option(help="what was asked, where the answers do not say it: stethobench.parquet, or predictions.jsonl of a run")] = None,
+    questions: Annotated[Optional[str], typer.Option(
+        help="what was asked, where the answers do not say it: stethobench.parquet, or predictions.jsonl of a run")] = None,
     verdicts: Annotated[Optional[str], typer.Option(help="verdicts.csv of a run: P(abnormal) is scored too")] = None,
     out: Annotated[Optional[str], typer.Option("-o", help="csv to write with every score")] = None,
-    differences: Annotated[Optional[str], typer.Option(help="csv to write with every system less every other one, paired, with p-values")] = None,
+    differences: Annotated[Optional[str], typer.Option(
+        help="csv to write with every system minus every other one, paired, with p-values")] = None,
     bertscore: Annotated[str, typer.Option(help="its encoder: minilm, or roberta-large where its weights are")] = "minilm",
-    endpoint: Annotated[Optional[str], typer.Option(help="OpenAI-compatible address of a model that grades the answers too; its key is read from $STETHOLM_API_KEY")] = None,
+    endpoint: Annotated[Optional[str], typer.Option(
+        help="OpenAI-compatible address of a model that grades the answers too; its key is read from $STETHOLM_API_KEY")] = None,
     model: Annotated[str, typer.Option(help="its name there")] = "",
     resamples: Annotated[int, typer.Option(help="of the bootstrap over patients")] = 2000,
     seed: Annotated[int, typer.Option(help="of its draws")] = 0,
@@ -152,10 +167,12 @@ def score(
     disable_progress_bars()
     drawn = answer_draws(answers, resamples, seed, bertscore)
     if verdicts: drawn |= verdict_draws(pd.read_csv(verdicts), resamples, seed)
-    scores, systems = scores_of(drawn), list(answers.model.unique())
-    for file, make in ((out, lambda: scores), (differences, lambda: differences_of(drawn, list(itertools.permutations(systems, 2))))):
-        if not file: continue
-        with write_whole(Path(file)) as tmp: make().round(6).to_csv(tmp, index=False)
+    scores = scores_of(drawn)
+    if out:
+        with write_whole(Path(out)) as tmp: scores.round(6).to_csv(tmp, index=False)
+    if differences:
+        pairs = list(itertools.permutations(answers.model.unique(), 2))
+        with write_whole(Path(differences)) as tmp: differences_of(drawn, pairs).round(6).to_csv(tmp, index=False)
     _print_scores(scores)
     print(handled)
     if endpoint:
@@ -164,10 +181,11 @@ def score(
         print(agreement(graded).round(3).to_string(index=False))
 
 def _print_scores(scores):
-    "The overall scores of every system, a metric a line"
+    "The overall scores of every system, one line per metric"
     from stetholm.score.scores import MEAN_OF_SOURCES, MEAN_OF_TASKS
     head = scores[scores.dataset.isin(["all", MEAN_OF_SOURCES]) & scores.task.isin(["all", MEAN_OF_TASKS, "P(abnormal)", "safety"])]
     for s in head.itertuples():
         interval = "" if s.lo != s.lo else f" [{s.lo:.3f}, {s.hi:.3f}]"
         over = f"{s.task}, {s.dataset}" if s.dataset != "all" else s.task
-        print(f"{s.model:24} {s.distribution:10} {over:28} {s.metric:46} {s.value:.3f}{interval}  n={s.n}, patients={s.n_patients}")
+        about = f"{s.model:24} {s.distribution:10} {over:28} {s.metric:46}"
+        print(f"{about} {s.value:.3f}{interval}  n={s.n}, patients={s.n_patients}")

@@ -12,201 +12,299 @@ from collections import Counter
 
 from ..core.config import StethoError
 from ..core.files import file_hash
-from .recordings import Scan, source
-from .vocabulary import kauh_zone, to_site
+from .recordings import Scan, parse_name, source
+from .vocabulary import SEX_OF_LETTER, kauh_zone, to_site
 
-# %% ../../nbs/data/02_lung_sources.ipynb #02f-007
-_SIDES = (("inter_test", "test"), ("intra_test", "train"), ("train", "train"), ("test", "test"))
+# %% ../../nbs/data/02_lung_sources.ipynb #sprsound-note
+def _sprsound_note(path):
+    "The label of a recording, or None, and its (label, start in s, end in s)"
+    try: note = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as e: raise StethoError(f"{path} is not valid JSON ({e}): copy it again") from None
+    label = note.get("record_annotation", note.get("recording_annotation"))
+    try: events = [(e["type"], float(e["start"])/1000, float(e["end"])/1000) for e in note.get("event_annotation", [])]
+    except (KeyError, TypeError, ValueError):
+        raise StethoError(f"{path}: an event has no type, or its start and end are not numbers of ms: mend it") from None
+    return label, events
 
-@source("sprsound", "SPRSound (BioCAS 2022 to 2025)", "CC-BY-4.0 (secondary sources; the 2022 copy ships GPL-3.0)", True, "https://github.com/SJTU-YONGFU-RESEARCH-GRP/SPRSound",
-        "Zhang Q. et al., SPRSound: Open-Source SJTU Paediatric Respiratory Sound Database, IEEE TBioCAS 16(5), 2022, doi:10.1109/TBCAS.2022.3204910", "in_domain", 6567, None)
-def read_sprsound(scan:Scan):
-    "`<patient>_<age>_<0 male|1 female>_<p1..p8>_<number>.wav` with a JSON of the same name"
-    notes = {p.stem: p for p in scan.find(".json")}
-    diseases = {}
-    for path in reversed(scan.find("patient_summary.csv")):  # the database's own before the challenges'
-        for i, row in scan.table(path, need=("patient_num", "disease", "age", "gender")):
-            with scan.at(path, i): diseases.setdefault(_child(row["patient_num"].strip("-"), row["age"], row["gender"], f"{path} row {i}"), []).append(row["disease"].strip("-"))
-    for path in scan.audio():
-        with scan.at(path):
-            m = re.fullmatch(r"(\d*)_([\d.]+)_([01])_(p\d)_(\d+)", path.stem)
-            if not m: raise StethoError(f"{path} is not named <patient>_<age>_<0|1>_<p1..p8>_<number>.wav: give it its published name")
-            if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}.json: copy the JSON folders beside the wav folders")
-            note = _json(notes[path.stem])
-            whole = note.get("record_annotation", note.get("recording_annotation"))
-            try: events = [(e["type"], float(e["start"])/1000, float(e["end"])/1000) for e in note.get("event_annotation", [])]
-            except (KeyError, TypeError, ValueError): raise StethoError(f"{notes[path.stem]}: an event has no type, or its start and end are not numbers of ms: mend it") from None
-            heard = {label for label, *_ in events}
-            folders = scan.short(notes[path.stem]).lower()
-            child = _child(m[1], m[2], m[3], path.name)
-            listed = list(dict.fromkeys(d for d in diseases.get(child, ()) if d))
-            scan.add(path, child, "lung", [l for l in ([whole] if whole else []) + sorted(heard)], _verdict(whole, heard), site=to_site("sprsound", m[4], path.name), diagnosis=listed[0] if listed and (m[1] or len(listed) == 1) else "", events=events,
-                     age=m[2], sex="Female" if m[3] == "1" else "Male", device="Yunting model II stethoscope", official=next((side for part, side in _SIDES if part in folders), None),
-                     extra={"record": whole, "site_code": m[4], "number": m[5], "release": next(iter(re.findall(r"20\d\d", scan.short(path))), None), "diagnoses_listed": listed if len(listed) > 1 else None})
+# %% ../../nbs/data/02_lung_sources.ipynb #verdict
+def _verdict(findings, annotated):
+    "abnormal with findings, normal without; None if nothing was annotated"
+    if findings: return "abnormal"
+    return "normal" if annotated else None
 
-def _child(number, age, sex, where):
-    "The patient's number; without one, as in the later releases, all unnumbered recordings of that age and sex count as one child, so that none crosses a split"
+def _sprsound_verdict(label, types):
+    "The verdict of a recording's label, or of the types of its events if it has none"
+    if label is None: return _verdict(types - {"Normal"}, types)
+    return {"Normal": "normal", "Poor Quality": None}.get(label, "abnormal")
+
+# %% ../../nbs/data/02_lung_sources.ipynb #sprsound-patients
+def _sprsound_patient(number, age, sex, where):
+    "The patient's number, or one that all unnumbered recordings of that age and sex share"
     if number: return number
     try: return f"unnumbered_{float(age):g}_{dict(zip('01MF', 'MFMF'))[sex]}"
-    except (ValueError, KeyError): raise StethoError(f"{where}: age {age!r} and sex {sex!r} are not a number and one of 0, 1, M, F: mend it") from None
+    except (ValueError, KeyError):
+        raise StethoError(f"{where}: age {age!r} and sex {sex!r} are not a number and one of 0, 1, M, F: mend it") from None
 
-def _verdict(whole, heard):
-    if whole is None: return "abnormal" if heard - {"Normal"} else "normal" if heard else None
-    return {"Normal": "normal", "Poor Quality": None}.get(whole, "abnormal")
+# %% ../../nbs/data/02_lung_sources.ipynb #sprsound-diagnoses
+def _sprsound_diagnoses(scan):
+    "Patient to the diagnoses that the summaries list, the database's own before the challenges'"
+    found = {}
+    for path in reversed(scan.find("patient_summary.csv")):
+        for i, row in scan.table(path, required=("patient_num", "disease", "age", "gender")):
+            with scan.faults_in(path, i):
+                patient = _sprsound_patient(row["patient_num"].strip("-"), row["age"], row["gender"], f"{path} row {i}")
+                found.setdefault(patient, []).append(row["disease"].strip("-"))
+    return {patient: list(dict.fromkeys(d for d in listed if d)) for patient, listed in found.items()}
 
-def _json(path):
-    try: return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as e: raise StethoError(f"{path} is not valid JSON ({e}): copy it again") from None
+# %% ../../nbs/data/02_lung_sources.ipynb #02f-007
+_SPRSOUND_SIDES = (("inter_test", "test"), ("intra_test", "train"), ("train", "train"), ("test", "test"))  # part of the path, split
 
-# %% ../../nbs/data/02_lung_sources.ipynb #02f-010
-_DEVICES = {"AKGC417L": "AKG C417L microphone", "LittC2SE": "3M Littmann Classic II SE", "Litt3200": "3M Littmann 3200", "Meditron": "WelchAllyn Meditron"}
-
-@source("icbhi", "ICBHI 2017 Respiratory Sound Database", "free for research (no licence text)", False, "https://bhichallenge.med.auth.gr/ICBHI_2017_Challenge",
-        "Rocha B.M. et al., An open access database for the evaluation of respiratory sound classification algorithms, Physiol. Meas. 40 (2019), doi:10.1088/1361-6579/ab03ea", "in_domain", 920, 5.5)
-def read_icbhi(scan:Scan):
-    "`<patient>_<index>_<site>_<sc|mc>_<device>.wav` with a text file of the same name, one breathing cycle a row"
-    cycles = {p.stem: p for p in scan.find(".txt")}
-    diagnosis, official, person = {}, {}, {}
-    for path in scan.find("challenge_diagnosis.txt", "patient_diagnosis.csv"):
-        for i, row in scan.table(path, ("patient", "diagnosis"), "\t" if path.suffix == ".txt" else ","):
-            if row["patient"].isdigit(): diagnosis[row["patient"]] = row["diagnosis"]
-    for path in scan.find("train_test.txt"): official |= {row["stem"]: row["side"] for i, row in scan.table(path, ("stem", "side"), None)}
-    sides = {}
-    for stem, side in official.items(): sides.setdefault(stem[:3], set()).add(side)
-    for path in scan.find("demographic_information.txt", "demographic_info.txt"):
-        person |= {row["patient"]: row for i, row in scan.table(path, ("patient", "age", "sex", "bmi", "child_kg", "child_cm"), None)}
+@source(
+    "sprsound", title="SPRSound (BioCAS 2022 to 2025)", recordings=6567, role="in_domain",
+    licence="CC-BY-4.0 (secondary sources; the 2022 copy ships GPL-3.0)", redistribution=True,
+    homepage="https://github.com/SJTU-YONGFU-RESEARCH-GRP/SPRSound",
+    citation="Zhang Q. et al., SPRSound: Open-Source SJTU Paediatric Respiratory Sound Database, IEEE TBioCAS 16(5), 2022, "
+             "doi:10.1109/TBCAS.2022.3204910")
+def read_sprsound(scan:Scan):
+    "`<patient>_<age>_<0 male|1 female>_<p1..p8>_<number>.wav` with a JSON of the same name"
+    notes, diagnoses = {p.stem: p for p in scan.find(".json")}, _sprsound_diagnoses(scan)
     for path in scan.audio():
-        with scan.at(path):
-            m = re.fullmatch(r"(\d{3})_(\w+?)_([A-Z][a-z])_(sc|mc)_(\w+)", path.stem)
-            if not m: raise StethoError(f"{path} is not named <patient>_<index>_<site>_<sc|mc>_<device>.wav: give it its published name")
-            if m[5] not in _DEVICES: raise StethoError(f"{path.name}: device {m[5]!r} is not one of {', '.join(_DEVICES)}")
-            if path.stem not in cycles: raise StethoError(f"{path} has no {path.stem}.txt with its breathing cycles: copy it beside the wav")
-            events = []
-            for i, row in scan.table(cycles[path.stem], ("start", "end", "crackles", "wheezes"), None):
-                with scan.at(cycles[path.stem], i): events += _cycle(row, f"{cycles[path.stem]} row {i}")
-            heard = {label for label, *_ in events} - {"normal"}
-            who = {k: None if v == "NA" else v for k, v in person.get(m[1], {}).items()}
-            scan.add(path, m[1], "lung", sorted(heard) or ["normal"], "abnormal" if heard else "normal" if events else None, site=to_site("icbhi", m[3], path.name), diagnosis=diagnosis.get(m[1], ""), events=events,
-                     age=who.get("age"), sex={"F": "Female", "M": "Male"}.get(who.get("sex")), device=_DEVICES[m[5]], official="train" if len(sides.get(m[1], ())) > 1 else official.get(path.stem),
-                     extra={"index": m[2], "mode": {"sc": "single channel", "mc": "multichannel"}[m[4]], "listed_in": official.get(path.stem), **{k: who.get(k) for k in ("bmi", "child_kg", "child_cm")}})
+        with scan.faults_in(path):
+            name = parse_name(path, r"(?P<patient>\d*)_(?P<age>[\d.]+)_(?P<sex>[01])_(?P<site>p\d)_(?P<number>\d+)",
+                              "<patient>_<age>_<0|1>_<p1..p8>_<number>")
+            if path.stem not in notes:
+                raise StethoError(f"{path} has no {path.stem}.json: copy the JSON folders beside the wav folders")
+            label, events = _sprsound_note(notes[path.stem])
+            types = {event for event, *_ in events}
+            patient = _sprsound_patient(name["patient"], name["age"], name["sex"], path.name)
+            listed = diagnoses.get(patient, [])
+            is_clear = listed and (name["patient"] or len(listed) == 1)  # unnumbered children may share age and sex
+            folders = scan.relative(notes[path.stem]).lower()
+            release = re.findall(r"20\d\d", scan.relative(path))
+            scan.add(path, patient, "lung", ([label] if label else []) + sorted(types), _sprsound_verdict(label, types),
+                     site=to_site("sprsound", name["site"], path.name), diagnosis=listed[0] if is_clear else "", events=events,
+                     age=name["age"], sex="Female" if name["sex"] == "1" else "Male", device="Yunting model II stethoscope",
+                     official=next((side for part, side in _SPRSOUND_SIDES if part in folders), None),
+                     extra={"record": label, "site_code": name["site"], "number": name["number"],
+                            "release": release[0] if release else None, "diagnoses_listed": listed if len(listed) > 1 else None})
 
-def _cycle(row, where):
+# %% ../../nbs/data/02_lung_sources.ipynb #icbhi-cycle
+def _icbhi_cycle(row):
     "The events of one breathing cycle"
     try: start, end, marks = float(row["start"]), float(row["end"]), (int(row["crackles"]), int(row["wheezes"]))
-    except ValueError: raise StethoError(f"{where} is not two times and two marks of 0 or 1: mend that row") from None
-    if set(marks) - {0, 1}: raise StethoError(f"{where}: crackles and wheezes are 0 or 1, not {marks[0]} and {marks[1]}: mend that row")
+    except ValueError: raise StethoError("not two times and two marks of 0 or 1: mend that row") from None
+    if set(marks) - {0, 1}: raise StethoError(f"crackles and wheezes are 0 or 1, not {marks[0]} and {marks[1]}: mend that row")
     return [(label, start, end) for label, mark in zip(("crackle", "wheeze"), marks) if mark] or [("normal", start, end)]
 
-# %% ../../nbs/data/02_lung_sources.ipynb #02f-013
-_FILTERS = {"E": "extended (50-500 Hz)", "D": "diaphragm (100-500 Hz)", "B": "bell (20-200 Hz)"}
-_PHASES, _SOUNDS = {"I": "inspiratory", "E": "expiratory"}, {"N": "normal", "W": "wheeze", "C": "crackles", "CREP": "crepitations", "B": "bronchial", "BRONCHIAL": "bronchial"}
+# %% ../../nbs/data/02_lung_sources.ipynb #icbhi-tables
+def _icbhi_diagnoses(scan):
+    "Patient to diagnosis; the csv has a header, the text file has none"
+    rows = (row for path in scan.find("challenge_diagnosis.txt", "patient_diagnosis.csv")
+            for _, row in scan.table(path, ("patient", "diagnosis"), "\t" if path.suffix == ".txt" else ","))
+    return {row["patient"]: row["diagnosis"] for row in rows if row["patient"].isdigit()}
+
+def _icbhi_demographics(scan):
+    "Patient to age, sex, BMI of adults, weight and height of children; None for NA"
+    columns = ("patient", "age", "sex", "bmi", "child_kg", "child_cm")
+    return {row["patient"]: {k: None if v == "NA" else v for k, v in row.items()}
+            for path in scan.find("demographic_information.txt", "demographic_info.txt") for _, row in scan.table(path, columns, None)}
+
+# %% ../../nbs/data/02_lung_sources.ipynb #icbhi-sides
+def _icbhi_sides(scan):
+    "Recording to its official side, and the patients on both sides"
+    sides = {row["stem"]: row["side"] for path in scan.find("train_test.txt") for _, row in scan.table(path, ("stem", "side"), None)}
+    by_patient = {}
+    for stem, side in sides.items(): by_patient.setdefault(stem[:3], set()).add(side)
+    return sides, {patient for patient, found in by_patient.items() if len(found) > 1}
+
+# %% ../../nbs/data/02_lung_sources.ipynb #02f-010
+_ICBHI_DEVICES = {"AKGC417L": "AKG C417L microphone", "LittC2SE": "3M Littmann Classic II SE", "Litt3200": "3M Littmann 3200",
+                  "Meditron": "WelchAllyn Meditron"}
+
+@source(
+    "icbhi", title="ICBHI 2017 Respiratory Sound Database", recordings=920, hours=5.5, role="in_domain",
+    licence="free for research (no licence text)", redistribution=False,
+    homepage="https://bhichallenge.med.auth.gr/ICBHI_2017_Challenge",
+    citation="Rocha B.M. et al., An open access database for the evaluation of respiratory sound classification algorithms, "
+             "Physiol. Meas. 40 (2019), doi:10.1088/1361-6579/ab03ea")
+def read_icbhi(scan:Scan):
+    "`<patient>_<index>_<site>_<sc|mc>_<device>.wav` with a text file of the same name, one row per breathing cycle"
+    cycles = {p.stem: p for p in scan.find(".txt")}
+    diagnoses, (sides, crossing), people = _icbhi_diagnoses(scan), _icbhi_sides(scan), _icbhi_demographics(scan)
+    for path in scan.audio():
+        with scan.faults_in(path):
+            name = parse_name(path, r"(?P<patient>\d{3})_(?P<index>\w+?)_(?P<site>[A-Z][a-z])_(?P<mode>sc|mc)_(?P<device>\w+)",
+                              "<patient>_<index>_<site>_<sc|mc>_<device>")
+            patient, device = name["patient"], name["device"]
+            if device not in _ICBHI_DEVICES:
+                raise StethoError(f"{path.name}: device {device!r} is not one of {', '.join(_ICBHI_DEVICES)}")
+            if path.stem not in cycles:
+                raise StethoError(f"{path} has no {path.stem}.txt with its breathing cycles: copy it beside the wav")
+            events = []
+            for i, row in scan.table(cycles[path.stem], ("start", "end", "crackles", "wheezes"), None):
+                with scan.faults_in(cycles[path.stem], i): events += _icbhi_cycle(row)
+            findings = {label for label, *_ in events} - {"normal"}
+            person = people.get(patient, {})
+            scan.add(path, patient, "lung", sorted(findings) or ["normal"], _verdict(findings, events), events=events,
+                     site=to_site("icbhi", name["site"], path.name), diagnosis=diagnoses.get(patient, ""),
+                     age=person.get("age"), sex=SEX_OF_LETTER.get(person.get("sex")), device=_ICBHI_DEVICES[device],
+                     official="train" if patient in crossing else sides.get(path.stem),
+                     extra={"index": name["index"], "mode": {"sc": "single channel", "mc": "multichannel"}[name["mode"]],
+                            "listed_in": sides.get(path.stem), **{k: person.get(k) for k in ("bmi", "child_kg", "child_cm")}})
+
+# %% ../../nbs/data/02_lung_sources.ipynb #kauh-sound
+_KAUH_PHASES = {"I": "inspiratory", "E": "expiratory"}
+_KAUH_SOUNDS = {"N": "normal", "W": "wheeze", "C": "crackles", "CREP": "crepitations", "B": "bronchial", "BRONCHIAL": "bronchial"}
 
 def _kauh_sound(text, where):
-    "Labels and phase of KAUH's letters: phases, then what is heard in them ('I E W', 'I C E W', 'Crep')"
-    labels, heard, phases = [], [], []
+    "The labels and the phase of KAUH's letters, as 'I E W', 'I C E W' or 'Crep'"
+    labels, phases, waiting = [], [], []
     for letter in text.upper().split():
-        if letter in _PHASES: phases.append(_PHASES[letter])
-        elif letter in _SOUNDS:
-            labels.append(_SOUNDS[letter])
-            heard.append(" and ".join(phases))
-            phases = []
-        else: raise StethoError(f"{where}: sound {text!r} is not of the letters {', '.join((*_PHASES, *_SOUNDS))}; map it in stetholm.lung_sources")
-    if not labels or phases: raise StethoError(f"{where}: sound {text!r} names no sound")
-    return labels, heard[0] if len(labels) == 1 else ", ".join(f"{p} {l}".strip() for p, l in zip(heard, labels))
+        if letter in _KAUH_PHASES: waiting.append(_KAUH_PHASES[letter])
+        elif letter in _KAUH_SOUNDS:
+            labels.append(_KAUH_SOUNDS[letter])
+            phases.append(" and ".join(waiting))
+            waiting = []
+        else:
+            letters = ", ".join((*_KAUH_PHASES, *_KAUH_SOUNDS))
+            raise StethoError(f"{where}: sound {text!r} is not of the letters {letters}; map it in stetholm.data.lung_sources")
+    if not labels or waiting: raise StethoError(f"{where}: sound {text!r} names no sound")
+    if len(labels) == 1: return labels, phases[0]
+    return labels, ", ".join(f"{phase} {label}".strip() for phase, label in zip(phases, labels))
 
-@source("kauh", "KAUH lung sounds", "CC-BY-4.0", True, "https://data.mendeley.com/datasets/jwyy9np4gv/3",
-        "Fraiwan M. et al., A dataset of lung sounds recorded from the chest wall using an electronic stethoscope, Data in Brief 35 (2021) 106913, doi:10.17632/jwyy9np4gv.3", "in_domain", 336, None)
+# %% ../../nbs/data/02_lung_sources.ipynb #02f-013
+_KAUH_FILTERS = {"E": "extended (50-500 Hz)", "D": "diaphragm (100-500 Hz)", "B": "bell (20-200 Hz)"}  # in order of preference
+
+def _kauh_used(files):
+    "Patient to the filter that is used; None: all are doubled"
+    hashes = {}
+    for path in files:
+        if m := re.match(r"([BDE])P(\d+)_", path.name): hashes.setdefault(m[2], {})[m[1]] = file_hash(path)
+    count = Counter(h for filters in hashes.values() for h in filters.values())
+    def best(filters): return next((f for f in _KAUH_FILTERS if f in filters and count[filters[f]] == 1), None)
+    return {patient: best(filters) for patient, filters in hashes.items()}
+
+# %% ../../nbs/data/02_lung_sources.ipynb #read-kauh
+@source(
+    "kauh", title="KAUH lung sounds", recordings=336, role="in_domain", licence="CC-BY-4.0", redistribution=True,
+    homepage="https://data.mendeley.com/datasets/jwyy9np4gv/3",
+    citation="Fraiwan M. et al., A dataset of lung sounds recorded from the chest wall using an electronic stethoscope, "
+             "Data in Brief 35 (2021) 106913, doi:10.17632/jwyy9np4gv.3")
 def read_kauh(scan:Scan):
     "`<B|D|E>P<n>_<diagnosis>,<sound>,<zone>,<age>,<M|F>.wav`"
-    files, seen = scan.audio(), {}
+    files = scan.audio()
+    used = _kauh_used(files)
     for path in files:
-        if m := re.match(r"([BDE])P(\d+)_", path.name): seen.setdefault(m[2], {})[m[1]] = file_hash(path)
-    doubled = {h for h, n in Counter(h for f in seen.values() for h in f.values()).items() if n > 1}
-    for path in files:
-        with scan.at(path):
-            code, _, rest = path.stem.partition("_")
-            parts, m = [p.strip() for p in rest.split(",")], re.fullmatch(r"([BDE])P(\d+)", code)
-            if not m or len(parts) != 5: raise StethoError(f"{path} is not named <B|D|E>P<n>_<diagnosis>,<sound>,<zone>,<age>,<M|F>.wav: give it its published name")
-            diagnosis, heard, zone, age, sex = parts
-            if sex.upper() not in ("M", "F") or not age.isdigit(): raise StethoError(f"{path.name}: age {age!r} and sex {sex!r} are not a number and M or F")
-            labels, phase = _kauh_sound(heard, path.name)
-            used = next((f for f in _FILTERS if f in seen[m[2]] and seen[m[2]][f] not in doubled), m[1])
-            scan.add(path, m[2], "lung", labels, "normal" if labels == ["normal"] else "abnormal", name=code, site=kauh_zone(zone, path.name), diagnosis=diagnosis, age=age, sex={"M": "Male", "F": "Female"}[sex.upper()],
-                     device="3M Littmann 3200", left_out=None if m[1] == used else f"another filter of the breath in {used}P{m[2]}", extra={"sound": heard, "phase": phase, "zone": zone, "filter": _FILTERS[m[1]]})
+        with scan.faults_in(path):
+            name = parse_name(path, r"(?P<code>(?P<filter>[BDE])P(?P<patient>\d+))_(?P<labels>[^,]*(,[^,]*){4})",
+                              "<B|D|E>P<n>_<diagnosis>,<sound>,<zone>,<age>,<M|F>")
+            diagnosis, sound, zone, age, sex = (part.strip() for part in name["labels"].split(","))
+            if sex.upper() not in SEX_OF_LETTER or not age.isdigit():
+                raise StethoError(f"{path.name}: age {age!r} and sex {sex!r} are not a number and M or F")
+            labels, phase = _kauh_sound(sound, path.name)
+            best = used[name["patient"]] or name["filter"]
+            scan.add(path, name["patient"], "lung", labels, "normal" if labels == ["normal"] else "abnormal", name=name["code"],
+                     site=kauh_zone(zone, path.name), diagnosis=diagnosis, age=age, sex=SEX_OF_LETTER[sex.upper()],
+                     device="3M Littmann 3200",
+                     left_out=None if name["filter"] == best else f"another filter of the breath in {best}P{name['patient']}",
+                     extra={"sound": sound, "phase": phase, "zone": zone, "filter": _KAUH_FILTERS[name["filter"]]})
+
+# %% ../../nbs/data/02_lung_sources.ipynb #clock
+def _clock(text):
+    "Seconds of hh:mm:ss.mmm"
+    m = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", text)
+    if not m: raise StethoError(f"{text!r} is not a time such as 00:00:01.250: mend that row")
+    return 3600*int(m[1]) + 60*int(m[2]) + float(m[3])
 
 # %% ../../nbs/data/02_lung_sources.ipynb #02f-016
-@source("hf_lung", "HF_Lung V1", "CC-BY-NC-4.0 by some sources; treated as non-commercial", False, "https://gitlab.com/techsupportHF/HF_Lung_V1",
-        "Hsu F.-S. et al., Benchmarking of eight recurrent neural network variants for breath phase and adventitious sound detection on a self-developed open-access lung sound database: HF_Lung_V1, PLoS ONE 16(7), 2021, doi:10.1371/journal.pone.0254134",
-        "in_domain", 9765, 40.7)
+@source(
+    "hf_lung", title="HF_Lung V1", recordings=9765, hours=40.7, role="in_domain",
+    licence="CC-BY-NC-4.0 by some sources; treated as non-commercial", redistribution=False,
+    homepage="https://gitlab.com/techsupportHF/HF_Lung_V1",
+    citation="Hsu F.-S. et al., Benchmarking of eight recurrent neural network variants for breath phase and adventitious sound "
+             "detection on a self-developed open-access lung sound database: HF_Lung_V1, PLoS ONE 16(7), 2021, "
+             "doi:10.1371/journal.pone.0254134")
 def read_hf_lung(scan:Scan):
     "`steth_<date>_<time>.wav` and `trunc_<date and time>-<site>_<n>.wav` in `train` and `test`, each with `<name>_label.txt`"
     notes = {p.name.removesuffix("_label.txt"): p for p in scan.find("_label.txt")}
     for path in scan.audio():
-        with scan.at(path):
-            m = re.fullmatch(r"steth_(\d{4})(\d\d)(\d\d)_[\d_]+|trunc_(\d{4})-(\d\d)-(\d\d)-[\d-]+?-(Tc|L\d)_[\d_]+", path.stem)
-            if not m: raise StethoError(f"{path} is not named steth_<date>_<time>.wav or trunc_<date and time>-<site>_<n>.wav: give it its published name")
+        with scan.faults_in(path):
+            name = parse_name(path, r"steth_(\d{4})(\d\d)(\d\d)_[\d_]+|trunc_(\d{4})-(\d\d)-(\d\d)-[\d-]+?-(?P<site>Tc|L\d)_[\d_]+",
+                              "steth_<date>_<time>", "trunc_<date and time>-<site>_<n>")
             if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}_label.txt: copy it beside the wav")
             events = []
             for i, row in scan.table(notes[path.stem], ("label", "start", "end"), None):
-                with scan.at(notes[path.stem], i): events.append((row["label"], *(_clock(row[k], f"{notes[path.stem]} row {i}") for k in ("start", "end"))))
-            heard = {label for label, *_ in events} - {"I", "E"}
-            day, part = "-".join(g for g in (m.groups()[:3] if m[1] else m.groups()[3:6])), next((p for p in ("train", "test") if p in scan.short(path).lower().split("/")[:-1]), None)
-            scan.add(path, None, "lung", ["crackle" if l == "D" else l for l in sorted(heard)] or ["normal"], "abnormal" if heard else "normal" if events else None, events=events,
-                     site=to_site("hf_lung", m[7], path.name) if m[7] else None, device="HF-Type-1" if m[7] else "3M Littmann 3200", official=part, patient_id=f"hf_lung_{part or 'any'}_{day}",
-                     extra={"site_code": m[7]})
+                with scan.faults_in(notes[path.stem], i): events.append((row["label"], _clock(row["start"]), _clock(row["end"])))
+            findings = {label for label, *_ in events} - {"I", "E"}
+            labels = ["crackle" if label == "D" else label for label in sorted(findings)]
+            day = "-".join(g for g in name.groups()[:6] if g)
+            part = next((p for p in ("train", "test") if p in scan.relative(path).lower().split("/")[:-1]), None)
+            scan.add(path, None, "lung", labels or ["normal"], _verdict(findings, events), events=events,
+                     site=to_site("hf_lung", name["site"], path.name) if name["site"] else None,
+                     device="HF-Type-1" if name["site"] else "3M Littmann 3200",
+                     official=part, patient_id=f"hf_lung_{part or 'any'}_{day}", extra={"site_code": name["site"]})
 
-def _clock(text, where):
-    "Seconds of hh:mm:ss.mmm"
-    m = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", text)
-    if not m: raise StethoError(f"{where}: {text!r} is not a time such as 00:00:01.250: mend that row")
-    return 3600*int(m[1]) + 60*int(m[2]) + float(m[3])
-
-# %% ../../nbs/data/02_lung_sources.ipynb #02f-019
-@source("tr", "RespiratoryDatabase@TR", "CC-BY-4.0", True, "https://data.mendeley.com/datasets/p9z4h98s6j/1",
-        "Altan G. et al., Multimedia respiratory database (RespiratoryDatabase@TR): auscultation sounds and chest X-rays, Natural and Engineering Sciences 2(3), 2017", "ood", 504, None)
-def read_tr(scan:Scan):
-    "`<patient>_<L|R><1..6>.wav` and a table `Labels` with `Patient ID,Diagnosis`"
-    labels = {}
-    for path in scan.find("labels.csv", "labels.txt", "labels.xlsx", needed=True):
-        rows = _sheet(path) if path.suffix == ".xlsx" else scan.table(path, need=("Patient ID", "Diagnosis"))
-        labels |= {row["Patient ID"]: row["Diagnosis"] for i, row in rows}
-    for path in scan.audio():
-        with scan.at(path):
-            m = re.fullmatch(r"(H\d+)_([LR]\d)", path.stem)
-            if not m: raise StethoError(f"{path} is not named <patient>_<L1..R6>.wav: give it its published name")
-            if m[1] not in labels: raise StethoError(f"{path}: patient {m[1]} is not in the table of labels: add its row")
-            ill = labels[m[1]].upper() != "COPD0"
-            scan.add(path, m[1], "lung", (), "abnormal" if ill else None, site=to_site("tr", m[2], path.name), diagnosis=labels[m[1]], device="3M Littmann 3200", extra={"channel": m[2]})
-
+# %% ../../nbs/data/02_lung_sources.ipynb #sheet
 def _sheet(path):
-    "Rows of a workbook's first sheet"
+    "(row number, {column: text}) of a workbook's first sheet"
     import openpyxl
     rows = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0].iter_rows(values_only=True)
     columns = [str(c).strip() for c in next(rows, ())]
     if missing := {"Patient ID", "Diagnosis"} - set(columns): raise StethoError(f"{path} has no column {', '.join(sorted(missing))}")
-    return [(i, {c: "" if v is None else str(v).strip() for c, v in zip(columns, row)}) for i, row in enumerate(rows, 2) if any(v is not None for v in row)]
+    return [(i, {c: "" if v is None else str(v).strip() for c, v in zip(columns, row)})
+            for i, row in enumerate(rows, 2) if any(v is not None for v in row)]
 
-# %% ../../nbs/data/02_lung_sources.ipynb #02f-022
-_INTERVAL = re.compile(r'intervals\s*\[(\d+)\]:?\s*xmin\s*=\s*([\d.eE+-]+)\s*xmax\s*=\s*([\d.eE+-]+)\s*text\s*=\s*"((?:[^"]|"")*)"')
-_SIGNS = {"cough", "sneeze", "sniffle", "throat-clearing", "wheeze"}
-
-@source("flusense", "FluSense", "none stated (audio of AudioSet; annotations by the authors)", False, "https://github.com/Forsad/FluSense-data",
-        "Al Hossain F. et al., FluSense: a contactless syndromic surveillance platform for influenza-like illness in hospital waiting areas, Proc. ACM IMWUT 4(1), 2020, doi:10.1145/3381014", "ood", None, None)
-def read_flusense(scan:Scan):
-    "A wav with a Praat TextGrid of the same name"
-    notes = {p.stem: p for p in scan.find(".textgrid")}
+# %% ../../nbs/data/02_lung_sources.ipynb #02f-019
+@source(
+    "tr", title="RespiratoryDatabase@TR", recordings=504, role="ood", licence="CC-BY-4.0", redistribution=True,
+    homepage="https://data.mendeley.com/datasets/p9z4h98s6j/1",
+    citation="Altan G. et al., Multimedia respiratory database (RespiratoryDatabase@TR): auscultation sounds and chest X-rays, "
+             "Natural and Engineering Sciences 2(3), 2017")
+def read_tr(scan:Scan):
+    "`<patient>_<L|R><1..6>.wav` and a table `Labels` with `Patient ID,Diagnosis`"
+    diagnoses = {}
+    for path in scan.find("labels.csv", "labels.txt", "labels.xlsx", required=True):
+        rows = _sheet(path) if path.suffix == ".xlsx" else scan.table(path, required=("Patient ID", "Diagnosis"))
+        diagnoses |= {row["Patient ID"]: row["Diagnosis"] for _, row in rows}
     for path in scan.audio():
-        with scan.at(path):
-            if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}.TextGrid: copy the annotations beside the audio")
-            events = [(label.lower(), start, end) for label, start, end in _textgrid(notes[path.stem]) if label]
-            heard = {label for label, *_ in events} & _SIGNS
-            scan.add(path, None, "lung", sorted(heard), "abnormal" if heard else None, events=events, device="microphone")
+        with scan.faults_in(path):
+            name = parse_name(path, r"(?P<patient>H\d+)_(?P<channel>[LR]\d)", "<patient>_<L1..R6>")
+            patient = name["patient"]
+            if patient not in diagnoses: raise StethoError(f"{path}: patient {patient} is not in the table of labels: add its row")
+            scan.add(path, patient, "lung", (), None if diagnoses[patient].upper() == "COPD0" else "abnormal",
+                     site=to_site("tr", name["channel"], path.name), diagnosis=diagnoses[patient], device="3M Littmann 3200",
+                     extra={"channel": name["channel"]})
+
+# %% ../../nbs/data/02_lung_sources.ipynb #textgrid
+_NUMBER = r"([\d.eE+-]+)"
+_INTERVAL = re.compile(rf'intervals\s*\[(\d+)\]:?\s*xmin\s*=\s*{_NUMBER}\s*xmax\s*=\s*{_NUMBER}\s*text\s*=\s*"((?:[^"]|"")*)"')
 
 def _textgrid(path):
     "(label, start in s, end in s) of a Praat TextGrid in its long form"
     raw = path.read_bytes()
     try: text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as e: raise StethoError(f"{path} is neither UTF-8 nor UTF-16 text (byte {e.start}): save it again from Praat") from None
+    except UnicodeDecodeError as e:
+        raise StethoError(f"{path} is neither UTF-8 nor UTF-16 text (byte {e.start}): save it again from Praat") from None
     found = _INTERVAL.findall(text)
-    if len(found) != len(re.findall(r"intervals\s*\[\d+\]", text)) or "TextGrid" not in text: raise StethoError(f"{path} is not a TextGrid in Praat's long form, or interval {len(found) + 1} is broken: save it again from Praat")
+    if len(found) != len(re.findall(r"intervals\s*\[\d+\]", text)) or "TextGrid" not in text:
+        raise StethoError(f"{path} is not a TextGrid in Praat's long form, or interval {len(found) + 1} is broken: "
+                          "save it again from Praat")
     return [(label.strip(), float(start), float(end)) for _, start, end, label in found]
+
+# %% ../../nbs/data/02_lung_sources.ipynb #02f-022
+_FLUSENSE_FINDINGS = {"cough", "sneeze", "sniffle", "throat-clearing", "wheeze"}
+
+@source(
+    "flusense", title="FluSense", role="ood", licence="none stated (audio of AudioSet; annotations by the authors)",
+    redistribution=False, homepage="https://github.com/Forsad/FluSense-data",
+    citation="Al Hossain F. et al., FluSense: a contactless syndromic surveillance platform for influenza-like illness in hospital "
+             "waiting areas, Proc. ACM IMWUT 4(1), 2020, doi:10.1145/3381014")
+def read_flusense(scan:Scan):
+    "A wav with a Praat TextGrid of the same name"
+    notes = {p.stem: p for p in scan.find(".textgrid")}
+    for path in scan.audio():
+        with scan.faults_in(path):
+            if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}.TextGrid: copy the annotations beside the audio")
+            events = [(label.lower(), start, end) for label, start, end in _textgrid(notes[path.stem]) if label]
+            findings = {label for label, *_ in events} & _FLUSENSE_FINDINGS
+            scan.add(path, None, "lung", sorted(findings), "abnormal" if findings else None, events=events, device="microphone")
