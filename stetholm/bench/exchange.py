@@ -131,6 +131,7 @@ StethoBench: {pairs:,} instruction-response pairs about {recordings:,} heart and
 `recordings` is joined to `pairs` by `recording_ids`; its licences are per recording: {licences}.
 """
 
+# %% ../../nbs/bench/09_exchange.ipynb #dataset-files
 def _with_audio(r):
     "A recording's row of the dataset, with the bytes of its file"
     try: audio = Path(r.path).read_bytes()

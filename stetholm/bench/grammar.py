@@ -275,15 +275,15 @@ def finding_phrase(
     rng:np.random.Generator,  # chooses the wording
 ) -> str:
     "A finding with its phase, or its grade, shape and pitch"
-    said, family = FINDINGS[term].phrase, FINDINGS[term].family
+    phrase, family = FINDINGS[term].phrase, FINDINGS[term].family
     phases = [p for of, p in f.phases if of == family]
     # beside other findings, "in expiration" could refer to all of them
     if phases and (len(f.findings) > 1 or rng.random() < .5):
-        return f"{' and '.join(p.removesuffix('ion') + 'ory' for p in phases)} {said}"
-    if phases: return f"{said} in {' and '.join(phases)}"
-    if family != "murmur": return said
+        return f"{' and '.join(p.removesuffix('ion') + 'ory' for p in phases)} {phrase}"
+    if phases: return f"{phrase} in {' and '.join(phases)}"
+    if family != "murmur": return phrase
     forms = {"grade": "grade {} of 6", "pitch": "{} in pitch", "shape": "{} in shape"}
-    return ", ".join([said] + [forms[k].format(v) for k, v in f.murmur])
+    return ", ".join([phrase] + [forms[k].format(v) for k, v in f.murmur])
 
 def findings_phrase(
     f:Facts,                       # of one recording, with known findings
@@ -316,8 +316,8 @@ def _verdict(f, pick, rng):
 def _murmur(f, pick, rng):
     murmurs = [t for t in f.findings if FINDINGS[t].family == "murmur"]
     if not murmurs: return pick("Absent: no murmur is heard at this site.", "No, there is no murmur.", "No murmur is heard.")
-    said, graded = _list([FINDINGS[t].phrase for t in murmurs]), _list([finding_phrase(t, f, rng) for t in murmurs])
-    return pick(f"Present: {said}.", f"Yes, there is {graded}.", f"Murmur present: {said}.")
+    names, graded = _list([FINDINGS[t].phrase for t in murmurs]), _list([finding_phrase(t, f, rng) for t in murmurs])
+    return pick(f"Present: {names}.", f"Yes, there is {graded}.", f"Murmur present: {names}.")
 
 def _quality(f, pick, rng):
     if f.quality == "poor": return pick("Inadequate: the recording is too noisy to judge.", "Inadequate; please record it again.",
@@ -337,8 +337,8 @@ def _findings(f, pick, rng):
 
 def _present(f, pick, rng, family):
     asked, bare, be = [t for t in f.findings if FINDINGS[t].family == family], _bare(_name(family)), "are" if family in _PLURAL else "is"
-    said = [FINDINGS[t].phrase for t in asked]
-    if asked: return pick(f"Yes, there {_be(said)} {_list([finding_phrase(t, f, rng) for t in asked])}.", f"Yes: {_list(said)}.")
+    names = [FINDINGS[t].phrase for t in asked]
+    if asked: return pick(f"Yes, there {_be(names)} {_list([finding_phrase(t, f, rng) for t in asked])}.", f"Yes: {_list(names)}.")
     rest = f"; there {_are(f)} {findings_phrase(f)}" if f.findings and rng.random() < .5 else ""
     return pick(f"No, there {be} no {bare}{rest}.", f"No: no {bare} {be} heard{rest}.")
 
@@ -363,8 +363,8 @@ def _count(f, pick, rng):
     if not f.findings: return _nothing(f, pick)
     words, parts = {1: "once", 2: "twice"}, []
     for family, n in _tally(f).items():
-        said = list(dict.fromkeys(FINDINGS[t].phrase for t, _, _ in f.events if FINDINGS[t].family == family))
-        name = " and ".join([*(s.rpartition(" ")[0] for s in said[:-1]), said[-1]])  # fine and coarse crackles
+        names = list(dict.fromkeys(FINDINGS[t].phrase for t, _, _ in f.events if FINDINGS[t].family == family))
+        name = " and ".join([*(s.rpartition(" ")[0] for s in names[:-1]), names[-1]])  # fine and coarse crackles
         parts.append(f"{name} {words.get(n, f'{n} times')}")
     return _as_sentence("; ".join(parts), pick)
 
@@ -374,13 +374,13 @@ def _phase(f, pick, rng):
     if f.domain == "lung":
         parts = []
         for family in dict(f.phases):
-            said = _list([FINDINGS[t].phrase for t in f.findings if FINDINGS[t].family == family])
-            parts.append(f"{said} in {' and '.join(p for of, p in f.phases if of == family)}")
+            names = _list([FINDINGS[t].phrase for t in f.findings if FINDINGS[t].family == family])
+            parts.append(f"{names} in {' and '.join(p for of, p in f.phases if of == family)}")
         return _as_sentence(_list(parts, "; "), pick)
     murmurs = [t for t in f.findings if FINDINGS[t].family == "murmur"]
-    said = _list([FINDINGS[t].phrase for t in murmurs])
-    if len(murmurs) > 1: return f"There is {said}."
-    return pick(f"The murmur is {murmurs[0].removesuffix(' murmur')}.", f"{_capital(said)}.")
+    names = _list([FINDINGS[t].phrase for t in murmurs])
+    if len(murmurs) > 1: return f"There is {names}."
+    return pick(f"The murmur is {murmurs[0].removesuffix(' murmur')}.", f"{_capital(names)}.")
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-013
 def _report(f, pick, rng):
@@ -405,9 +405,9 @@ def _reasoning(f, pick, rng):
     if not f.findings: return pick(
         f"{_capital(_NORMAL_SOUNDS[f.domain])} with {it}: {_NORMAL_FLOW[f.domain]}. This is a normal recording.",
         f"{_capital(it)}, so nothing speaks for {_NO_SIGN_OF[f.domain]}. This is a normal recording.")
-    said = " ".join(f"{FINDINGS[t].sounds}: {finding_phrase(t, f, rng)}, from {FINDINGS[t].means}." for t in f.findings)
+    text = " ".join(f"{FINDINGS[t].sounds}: {finding_phrase(t, f, rng)}, from {FINDINGS[t].means}." for t in f.findings)
     fits = f", which would fit {_cause(differential(f, 1)[0])}" if rng.random() < .5 else ""
-    return f"{said} This is an abnormal recording{fits}."
+    return f"{text} This is an abnormal recording{fits}."
 
 # %% ../../nbs/bench/02_grammar.ipynb #differential
 def _arguments(cause, f):
@@ -433,12 +433,12 @@ def _compare(known, pick, rng):
     a, b = known
     it = findings_phrase(a)
     if a.findings != b.findings or "poor" in (a.quality, b.quality):
-        said = pick(f"The first recording {has(a)}; the second {has(b)}.", f"The first {has(a)}, while the second {has(b)}.",
+        text = pick(f"The first recording {has(a)}; the second {has(b)}.", f"The first {has(a)}, while the second {has(b)}.",
                     f"They differ: the first {has(a)}, the second {has(b)}.")
-    elif a.findings: said = pick(f"Both recordings have {it}.", f"Both have {it}.", f"They agree: both have {it}.")
-    else: said = pick(f"Both recordings are normal, with {it}.", "Both are normal.")
+    elif a.findings: text = pick(f"Both recordings have {it}.", f"Both have {it}.", f"They agree: both have {it}.")
+    else: text = pick(f"Both recordings are normal, with {it}.", "Both are normal.")
     loudest = a.loudest if a.loudest in (a.site, b.site) and a.loudest == b.loudest and a.heard_at == b.heard_at else None
-    return said + (f" The murmur is loudest at the {loudest}." if loudest and a.findings and b.findings else "")
+    return text + (f" The murmur is loudest at the {loudest}." if loudest and a.findings and b.findings else "")
 
 # %% ../../nbs/bench/02_grammar.ipynb #site
 def _site(f, pick, rng):

@@ -109,7 +109,7 @@ def draw_pair_counts(
     axes[1].set_yticklabels([])
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncol=3, frameon=False)
     _draw_sources(axes[2], by_source, ours.groupby("source").split.agg(set))
-    fig.suptitle("Which tasks this set weighs otherwise than the paper's, and which sources they come from")
+    fig.suptitle("Pairs by task, in this set and in the paper's, and by source")
     return fig
 
 # %% ../../nbs/bench/07_quality.ipynb #06b-015
@@ -228,7 +228,7 @@ def draw_lengths(
         ax.barh(y, t.q3 - t.q1, left=t.q1, height=.55, color=colour, alpha=.5)
         ax.plot(t["median"], y, "o", color="black", ms=4)
         _name_rows(ax, order, xlim=(0, None), xlabel="words: middle half, median, longest", title=f"{column.capitalize()}s")
-    fig.suptitle("How much is asked and answered, by task")
+    fig.suptitle("Length of instructions and answers, by task")
     return fig
 
 # %% ../../nbs/bench/07_quality.ipynb #06b-030

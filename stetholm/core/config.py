@@ -131,7 +131,7 @@ PROFILES = {
 }
 
 # %% ../../nbs/core/00_config.ipynb #00-010
-RENAMED = {"preferences_validation": "preferences_validation"}  # fields of earlier versions, and what they are called now
+RENAMED = {"preferences_watched": "preferences_validation"}  # fields of earlier versions, and what they are called now
 
 def get_profile(
     name:str,                # smoke, mini or paper

@@ -182,7 +182,7 @@ class AudioLM:
         batch:int=8,              # recordings per batch
         cut:bool=False,           # as in `answers`
     ) -> pd.DataFrame:            # recording_id, model, p_abnormal
-        "Probability of 'Abnormal' against 'Normal' as the answer's first word. Raises what `check` raises, or if both begin with one token."
+        "P('Abnormal') against 'Normal' as the answer's first word. Raises what `check` raises, or if both begin with one token."
         normal, abnormal = (self.processor.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("Normal", "Abnormal"))
         if normal == abnormal:
             raise StethoError(f"the tokenizer of {self.name} begins 'Normal' and 'Abnormal' with one token: P(abnormal) cannot be read")

@@ -99,9 +99,9 @@ def test_parts_of_a_batch_and_recordings_encoded_once_change_nothing(tmp_path, m
     assert torch.get_num_threads() == 3 and all(torch.equal(a, b) for a, b in zip(mine, equal)), "side by side, and the same every time"
     monkeypatch.setattr(finetuning, "EmbeddedFeatures", lambda encoder, features, ids: features)
     again, kept, often = learn("again", 0)
-    for losses, backbone_dim in ((parts, others), (beside, mine), (again, kept)):
+    for losses, learnt in ((parts, others), (beside, mine), (again, kept)):
         np.testing.assert_allclose(whole, losses, atol=1e-4)
-        for a, b in zip(weights, backbone_dim): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+        for a, b in zip(weights, learnt): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
     assert once < often
 
 
@@ -190,8 +190,8 @@ def test_fault_03_a_long_pair_is_refused_by_name_and_not_cut():
 def test_fault_04_the_template_s_end_of_turn_is_learnt_and_nothing_of_the_prompt():
     lm, pairs = build()
     for row, pair in zip(training_rows(pairs, lm.processor, Noises(), 200), pairs.itertuples()):
-        backbone_dim = [t for t in row["labels"] if t != -100]
-        assert backbone_dim[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(backbone_dim[:-1]) == pair.response
+        learnt = [t for t in row["labels"] if t != -100]
+        assert learnt[-1] == lm.processor.end_of_turn and lm.processor.tokenizer.decode(learnt[:-1]) == pair.response
         assert lm.processor.end_of_turn in lm.model.generation_config.eos_token_id
     tokenizer = copy.deepcopy(lm.processor.tokenizer)  # Gemma's turns, too, end with another token than its texts
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|system|>")

@@ -1,4 +1,4 @@
-"Preference pairs and mDPO on tiny models: what is backbone_dim from, what is refused, and that the reference stays"
+"Preference pairs and mDPO on tiny models: what is learnt from, what is refused, and that the reference stays"
 import contextlib
 import json
 import math
@@ -90,9 +90,9 @@ def test_parts_of_a_batch_change_nothing(tmp_path):
         rows = preference_rows(*preferred(pairs), lm.processor, Noises(), 200, 0)
         model, log = train_mdpo(lm, rows, rows.select(range(4)), Noises(), replace(Q, sft_part_tokens=part_tokens, dpo_batch=5), tmp_path/str(part_tokens))
         return log[["loss", "eval_loss"]].to_numpy(), [q.detach() for q in model.parameters() if q.requires_grad]
-    (losses, weights), (others, backbone_dim) = learn(0), learn(300)
+    (losses, weights), (others, learnt) = learn(0), learn(300)
     np.testing.assert_allclose(losses, others, atol=1e-4)
-    for a, b in zip(weights, backbone_dim): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    for a, b in zip(weights, learnt): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
 def test_the_first_loss_is_known_and_accuracy_is_relative_to_the_reference(toy, tmp_path):
@@ -114,7 +114,7 @@ def test_fault_12_validation_pairs_choose_the_checkpoint(toy, tmp_path):
     validation = rows.select(range(4)).rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
     model, log = train_mdpo(lm, rows, validation, Noises(), replace(Q, dpo_steps=9, dpo_objective="dpo"), tmp_path)
     losses, batch = log.eval_loss.dropna().tolist(), PreferenceCollator(lm.processor, Noises(), Degraded(Noises(), Q.dpo_degradation))(list(validation))
-    assert min(losses) < losses[-1], "the more is backbone_dim, the worse for pairs the other way round"
+    assert min(losses) < losses[-1], "the more is learnt, the worse for pairs the other way round"
     def logps(): return block_logps(model.eval(), batch).detach()
     with model.disable_adapter(): reference = logps()
     assert math.isclose(mdpo_loss(logps(), reference, OBJECTIVES["dpo"])[0], min(losses), rel_tol=1e-4)

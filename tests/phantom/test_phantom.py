@@ -1,4 +1,4 @@
-"The phantom: its truth is exact, its words are known, it is quick, and what is backbone_dim from it holds for real recordings"
+"The phantom: its truth is exact, its words are known, it is quick, and what is learnt from it holds for real recordings"
 import json
 import time
 
