@@ -152,7 +152,7 @@ def _client(endpoint):
     "A client of the endpoint's address; `_post` sends the key"
     import openai  # takes a second
     return openai.OpenAI(base_url=endpoint.url, api_key="sent by _post", timeout=endpoint.timeout_s, max_retries=0,
-                         http_client=openai.DefaultHttpxClient(trust_env=False, follow_redirects=False))
+                         http_client=openai.DefaultHttpxClient(follow_redirects=False))
 
 def _post(client, endpoint, messages, sample):
     "(text, prompt tokens, completion tokens) of one reply. Raises `_Retry`, or `StethoError` if the failure is final."

@@ -34,7 +34,7 @@ def device() -> str:
 def dtype(
     profile:Profile,  # its `dtype` field is read
 ):
-    "The torch dtype of the language model; `auto` is bfloat16 on a GPU or a processor with bfloat16 instructions, else float32. Raises `StethoError` on another name."
+    "The language model's torch dtype; `auto` is bfloat16 where the device has it, else float32. Raises `StethoError` on another name."
     import torch
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if profile.dtype in names: return names[profile.dtype]

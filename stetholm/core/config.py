@@ -39,8 +39,8 @@ class Profile:
     phantom_patients:int = 24         # synthetic patients, used only when no recordings are given
     # instructions
     instructions_per_task:int = 1     # rounds of questions a recording
-    instructions_endpoint:str = ""   # OpenAI-compatible address of a model that rewrites the pairs; empty: the grammar's own words
-    instructions_model:str = ""      # its name there
+    instructions_endpoint:str = ""    # OpenAI-compatible address of a model that rewrites the pairs; empty: the grammar's own words
+    instructions_model:str = ""       # its name there
     # encoder and projector
     alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
     alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
@@ -53,9 +53,9 @@ class Profile:
     alignment_batch:int = 16          # recordings an encoder step
     alignment_epochs:int = 1          # passes over the training recordings
     alignment_lr:float = 2e-3         # peak learning rate of the encoder
-    alignment_projector:str = "mlp"   # mlp: the paper's, of a recording as a whole; words: that, and what a probe of the encoder hears, as words; attention: over each window's frames
+    alignment_projector:str = "mlp"   # mlp: the paper's; words: that, and what a probe hears; attention: over each window's frames
     alignment_prefix_tokens:int = 4   # audio tokens, of a recording (mlp, words) or of each window (attention)
-    alignment_projector_steps:int = 4 # steps of the projector alone on reporting pairs; 0: fine-tuning starts with a projector as it was drawn
+    alignment_projector_steps:int = 4 # of the projector alone on reporting pairs; 0: fine-tuning starts with a projector as drawn
     alignment_projector_lr:float = 1e-3  # peak learning rate of those steps
     language_model:str = "tiny"       # tiny, smollm2-135m-instruct, or a Hugging Face name or folder
     # supervised fine-tuning

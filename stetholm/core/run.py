@@ -159,7 +159,7 @@ def stage_key(
     run:Run,     # the run
     name:str,    # stage
 ) -> str:
-    "Hash of all that stage `name` of `run` depends on: profile fields, the import closure of its module, recordings, and the stages it needs"
+    "Hash of all that a stage depends on: profile fields, the import closure of its module, recordings, and the stages it needs"
     s, later = STAGES[name], list(STAGES)[STAGES[name].number+1:]
     mine = {k: v for k, v in asdict(run.profile).items() if not any(k.startswith(f"{n}_") for n in later)}
     needed = [stage_key(run, n) for n in s.needs]
@@ -170,7 +170,7 @@ def checkpoints(
     run:Run,     # the run
     name:str,    # stage
 ) -> Path:
-    "Where the trainers of stage `name` keep TensorBoard's log and, until the stage is done, their checkpoints; another profile, code or data is another folder"
+    "Where a stage's trainers keep TensorBoard's log and, until it is done, their checkpoints; another key is another folder"
     return run/f".trainer/{name}-{stage_key(run, name)[:16]}"
 
 def is_current(

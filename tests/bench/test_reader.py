@@ -14,7 +14,7 @@ from stetholm.bench.planted import ERRORS
 from stetholm.bench.reader import faults, is_right, read
 from stetholm.data.vocabulary import DIAGNOSES, FINDINGS, SITES
 
-PROBE_CONTROLS = {  # what a text asserts: {finding, verdict or other thing: (holds, *details)}
+ASSERTED = {  # what a text asserts: {finding, verdict or other thing: (holds, *details)}
     # negation
     "There are wheezes.": {"wheeze": ("yes",)},
     "There are no wheezes.": {"wheeze": ("no",)},
@@ -66,9 +66,9 @@ PROBE_CONTROLS = {  # what a text asserts: {finding, verdict or other thing: (ho
 }
 
 
-@pytest.mark.parametrize("text", PROBE_CONTROLS)
+@pytest.mark.parametrize("text", ASSERTED)
 def test_what_a_text_asserts(text):
-    assert {s.what: (s.holds, *s.details) for s in read(text) if s.kind != "place"} == PROBE_CONTROLS[text]
+    assert {s.what: (s.holds, *s.details) for s in read(text) if s.kind != "place"} == ASSERTED[text]
 
 
 def test_sides_and_sites():
