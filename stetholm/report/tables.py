@@ -158,6 +158,7 @@ def _short(verdict): return re.sub(r"\*\*|^(?:is|was) | (?:than|from|against)\b"
 # %% ../../nbs/report/00_tables.ipynb #front
 FRONT_MEASURES = {  # measure: (task, dataset, metric), and the distributions in which it is shown
     "right answers": (("all", "all", "clinical accuracy"), ("in_domain", "ood")),
+    "right answers, mean of tasks": (("mean of tasks", "all", "clinical accuracy"), ("in_domain",)),
     "right answers to classification questions": (("classification", "all", "clinical accuracy"), ("in_domain",)),
     "right answers to detection questions": (("detection", "all", "clinical accuracy"), ("in_domain",)),
     "AUROC of P(abnormal), all recordings": (("P(abnormal)", "all", "AUROC"), ("in_domain", "ood")),
@@ -179,7 +180,7 @@ def front_table(
     scores:pd.DataFrame,       # of stage `evaluation`
     differences:pd.DataFrame,  # of stage `evaluation`
 ) -> pd.DataFrame:             # measure, final model "value [lo, hi]", text-only control, difference; percent and points
-    "The final model beside the text-only control in a dozen rows. Raises `StethoError` if no trained model was scored."
+    "The final model beside the text-only control row by row. Raises `StethoError` if no trained model was scored."
     ours, control = final_model(scores), "text_only"
     scored = {(r.model, r.task, r.dataset, r.metric, r.distribution): r for r in scores.itertuples()}
     gains = with_verdicts(differences[(differences["first"] == control) & (differences.second == ours)])

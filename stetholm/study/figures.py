@@ -18,6 +18,7 @@ import seaborn as sns
 from ..bench.pairs import load_pairs
 from ..bench.quality import draw_pair_counts, pair_counts
 from ..core.code import package_folder
+from ..core.compute import dtype
 from ..core.config import STAGES, Profile
 from ..core.files import write_json, write_whole
 from ..core.run import Run, run_note, stage
@@ -101,13 +102,14 @@ def save(
     plt.close(fig)
 
 def cost(
-    note:dict,  # of `run_note`
-) -> dict:      # minutes and peak_gib over the stages, seconds of each, versions, commit
+    note:dict,        # of `run_note`
+    profile:Profile,  # its dtype
+) -> dict:            # minutes and peak_gib over the stages, seconds of each, precision, versions, commit
     "What the run took and what it ran on: the one file here that differs between equal runs"
     done = {s: note["stages"][s] for s in STAGES if s != "figures" and s in note["stages"]}
     seconds = {n: s["seconds"] for n, s in done.items()}
     return {"minutes": round(sum(seconds.values())/60, 1), "peak_gib": max(s["peak_gib"] for s in done.values()), "seconds": seconds,
-            "versions": note["versions"], "git_commit": note["git_commit"]}
+            "precision": str(dtype(profile)).removeprefix("torch."), "versions": note["versions"], "git_commit": note["git_commit"]}
 
 def write_answers(
     predictions:pd.DataFrame,  # of every system
@@ -155,7 +157,7 @@ def figures(
             (tmp/f"{name}.tex").write_text(as_latex(table.astype(str), caption, f"tab:{name}"))
         for name in ("scores", "differences"): read[name].round(6).to_csv(tmp/f"{name}.csv", index=False)
         write_answers(predictions, run, tmp)
-        write_json(tmp/"cost.json", cost(note))
+        write_json(tmp/"cost.json", cost(note, p))
         write_report(run.folder, tmp, run/"report.html")
     write_model_cards(run.folder)
     return sorted(f.name for f in (run/"figures").iterdir())
