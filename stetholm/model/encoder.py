@@ -17,7 +17,7 @@ from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
 from ..core.compute import n_parallel, thread_pool
 from ..core.config import Profile
-from ..sound.audio import band_statistics, standardise
+from ..sound.audio import DYNAMIC_RANGE_DB, band_statistics, standardise
 from ..sound.features import Features
 
 # %% ../../nbs/model/00_encoder.ipynb #07-008
@@ -114,7 +114,7 @@ class OperaEncoder(AudioEncoder):
     def backbone(self, mel):
         "The network's features of every 32 frames"
         top = mel.amax((-2, -1), keepdim=True)
-        x = mel.clamp(min=top - 80)
+        x = mel.clamp(min=top - DYNAMIC_RANGE_DB)
         low = x.amin((-2, -1), keepdim=True)
         x = (x - low)/(top - low).clamp(min=1e-6)
         return self.net(self.front(x.mT[:, None])).last_hidden_state.mean(3).mT

@@ -16,7 +16,7 @@ import torch
 
 from ..core.intervals import auroc_interval
 from ..data.vocabulary import FINDINGS
-from ..sound.audio import LogMel, band_statistics, load_audio
+from ..sound.audio import DYNAMIC_RANGE_DB, LogMel, band_statistics, load_audio
 
 # %% ../../nbs/study/a_transfer.ipynb #05a-007
 FRONT = dict(sample_rate=4000, n_fft=256, hop=32, n_mels=40, fmin=40., fmax=1000.)
@@ -57,7 +57,7 @@ def sound_statistics(
     wave = load_audio(path, FRONT["sample_rate"])
     wave = wave/(np.abs(wave).max() + 1e-9)
     mel = front(torch.from_numpy(wave))
-    mel = mel.maximum(mel.max() - 80)
+    mel = mel.maximum(mel.max() - DYNAMIC_RANGE_DB)
     return np.concatenate([band_statistics(mel[None])[0].numpy(), rhythm(mel.numpy()), impulsiveness(wave)]).astype(np.float32)
 
 def table_statistics(
