@@ -115,7 +115,11 @@ class Murmur(NamedTuple):
     grade:int   # 1 to 6, Levine
 
 # %% ../../nbs/phantom/00_heart.ipynb #02-012
-def frequencies(n): return np.fft.rfftfreq(n, 1/SAMPLE_RATE)  # Hz, of a spectrum of n samples
+def frequencies(
+    n:int,        # samples
+) -> np.ndarray:  # (n//2 + 1,) Hz
+    "Frequencies of the spectrum of `n` samples"
+    return np.fft.rfftfreq(n, 1/SAMPLE_RATE)
 
 def coloured_noise(
     n:int,                    # samples
