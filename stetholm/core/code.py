@@ -51,6 +51,7 @@ def imported(
     "The modules of the package that a module imports itself"
     out, layer = set(), module.rpartition(".")[0].split(".")
     for node in ast.walk(_tree(files[module])):
+        if isinstance(node, ast.Import): out |= {m for a in node.names if (m := a.name.removeprefix("stetholm.")) != a.name and m in files}
         if not isinstance(node, ast.ImportFrom): continue
         if node.level: base = [*layer[:len(layer) + 1 - node.level], *(node.module or "").split(".")]
         elif (node.module or "").split(".")[0] == "stetholm": base = node.module.split(".")[1:]
