@@ -34,7 +34,15 @@ def package_folder() -> Path:
 
 # %% ../../nbs/core/03_code.ipynb #closure
 @functools.cache
-def _tree(path): return ast.parse(path.read_text(encoding="utf-8"))
+def _read(path):
+    "What a file imports, as (level, module, names), and the hash of its code without docstrings; each file is read once"
+    tree, imports = ast.parse(path.read_text(encoding="utf-8")), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): imports += [(0, a.name, ()) for a in node.names]
+        elif isinstance(node, ast.ImportFrom): imports.append((node.level, node.module or "", [a.name for a in node.names]))
+        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, False) is not None: node.body = node.body[1:]
+    return imports, hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 def module_files(
     package:Path=None,  # its folder; None: this package
@@ -50,14 +58,12 @@ def imported(
 ) -> set:
     "The modules of the package that a module imports itself"
     out, layer = set(), module.rpartition(".")[0].split(".")
-    for node in ast.walk(_tree(files[module])):
-        if isinstance(node, ast.Import): out |= {m for a in node.names if (m := a.name.removeprefix("stetholm.")) != a.name and m in files}
-        if not isinstance(node, ast.ImportFrom): continue
-        if node.level: base = [*layer[:len(layer) + 1 - node.level], *(node.module or "").split(".")]
-        elif (node.module or "").split(".")[0] == "stetholm": base = node.module.split(".")[1:]
+    for level, name, names in _read(files[module])[0]:
+        if level: base = [*layer[:len(layer) + 1 - level], *name.split(".")]
+        elif name.split(".")[0] == "stetholm": base = name.split(".")[1:]
         else: continue
         base = ".".join(p for p in base if p)
-        out |= {m for m in (base, *(f"{base}.{a.name}".strip(".") for a in node.names)) if m in files}
+        out |= {m for m in (base, *(f"{base}.{n}".strip(".") for n in names)) if m in files}
     return out - {module}
 
 def import_closure(
@@ -74,21 +80,13 @@ def import_closure(
 
 # %% ../../nbs/core/03_code.ipynb #hash
 @functools.cache
-def _module_hash(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and ast.get_docstring(node, False) is not None:
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
 def code_hash(
     *modules:str,       # as `study.sft`
     package:Path=None,  # folder of the package; None: this one
 ) -> str:
     "SHA-256 of the code that `modules` depend on: their import closure, without docstrings and comments"
     files = module_files(package)
-    return hashlib.sha256("".join(m + _module_hash(files[m]) for m in import_closure(*modules, package=package)).encode()).hexdigest()
+    return hashlib.sha256("".join(m + _read(files[m])[1] for m in import_closure(*modules, package=package)).encode()).hexdigest()
 
 # %% ../../nbs/core/03_code.ipynb #arrows
 def arrows(

@@ -117,6 +117,7 @@ def _fingerprint(recordings):
         if f.suffix in (".csv", ".json", ".tsv"): h.update(f.read_bytes())
     return h.hexdigest()
 
+@functools.cache
 def versions() -> dict:
     "The versions of Python and of the packages that results depend on"
     out = {"python": platform.python_version()}
