@@ -20,7 +20,7 @@ import nbformat
 from PIL import Image
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbdev.clean import nbdev_clean
+from nbdev.clean import clean_nb
 from nbformat.v4 import new_code_cell
 
 from ..core.config import STAGES, StethoError
@@ -111,6 +111,11 @@ def with_outputs(
             if o.output_type == "execute_result": o.execution_count = None
     return source
 
+def _save(nb, path):
+    "Write a notebook as `nbdev_clean` leaves it with the keys that settings.ini allows"
+    clean_nb(nb, allowed_metadata_keys=["run"], allowed_cell_metadata_keys=["tags"])
+    nbformat.write(nb, path)
+
 def keep_study(
     run:Path,       # folder of a run whose every stage is done
     root:Path=".",  # the repository
@@ -129,9 +134,7 @@ def keep_study(
         size = len(nbformat.writes(nb).encode())
         if size > MAX_BYTES: raise StethoError(f"{path.name} would have {size:,} bytes, more than {MAX_BYTES:,}")
         made[path] = nb
-    for path, nb in made.items():
-        nbformat.write(nb, path)
-        nbdev_clean(str(path))
+    for path, nb in made.items(): _save(nb, path)
 
 # %% ../../nbs/cli/04_outputs.ipynb #library
 REAL = {  # notebooks that show real recordings, and the parameters they are kept with
@@ -161,8 +164,7 @@ def keep_outputs(
         raise StethoError(f"{path}: {e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}", 1) from None
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     check_paths(tidy(nb), path.name, [root, Path.home(), *([Path(recordings).resolve(), recordings] if recordings else [])])
-    nbformat.write(nb, path)
-    nbdev_clean(str(path))
+    _save(nb, path)
 
 # %% ../../nbs/cli/04_outputs.ipynb #command
 def main(
