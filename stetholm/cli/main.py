@@ -66,6 +66,9 @@ def reproduce(
     overrides = overrides_of(changes)
     wanted = stages_between(first, until)
     this = open_run(profile, run, recordings, overrides)
+    made_with = run_note(this.folder).get("profile", {}).get("name", profile)
+    if first and made_with != profile:
+        raise StethoError(f"run {this.name!r} was made with profile {made_with}: add --profile {made_with}")
     for s in list(STAGES.values())[:wanted[0].number]:
         if not is_current(this, s.name):
             raise StethoError(f"stage {s.name!r} comes before {wanted[0].name!r} and is missing or out of date in run {this.name!r}: "

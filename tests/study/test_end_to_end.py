@@ -116,6 +116,11 @@ def test_refused_command_leaves_the_run_as_it_was(copied, smoke_run):
     assert (copied.runs/"smoke-phantom/run.json").read_bytes() == (smoke_run.folder/"run.json").read_bytes()
 
 
+def test_from_names_the_profile_of_a_run_that_was_made_with_another(copied, smoke_run):
+    done = copied("reproduce", "--run", "smoke-phantom", "--from", "figures")
+    assert done.returncode == 2 and "--profile smoke" in done.stderr and "--from audit" not in done.stderr
+
+
 def test_fault_14_a_run_that_was_trained_on_a_test_recording_is_not_scored(copied):
     run = copied.runs/"smoke-phantom"
     table, note = pd.read_parquet(run/"recordings.parquet"), run/"trained_on/alignment.json"
