@@ -116,7 +116,7 @@ def _rate(events):
 # %% ../../nbs/bench/00_facts.ipynb #05b-013
 def _findings(found, binary, extra):
     "The findings, () if there are none, None if they are unknown"
-    if "database" in extra: return found if found or extra.get("murmur_grade") == "none" else None
+    if "database" in extra: return found if found or (binary == "normal" and extra.get("murmur_grade") == "none") else None
     absent = extra.get("labels") == "Murmur absent at this site" or extra.get("Murmur") == "Absent"
     return found if found or binary == "normal" or absent else None
 

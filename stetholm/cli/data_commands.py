@@ -106,7 +106,8 @@ def data_audit(
     from stetholm.data.card import as_markdown, data_card, sections, write_card
     from stetholm.data.recordings import RECORDINGS, read_table
     recordings, name = read_table(table, RECORDINGS), name or Path(table).stem
-    faults = pd.concat([audit_table(recordings), audit_sounds(recordings)], ignore_index=True)
+    faults = pd.concat([audit_table(recordings), audit_sounds(recordings)])
+    faults = faults.sort_values("severity", kind="stable", ignore_index=True)  # errors first
     if out:
         files = write_card(recordings, table, out, name, faults)
         write_json(Path(out)/"faults.json", json.loads(faults.to_json(orient="records")))

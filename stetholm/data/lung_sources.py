@@ -153,7 +153,7 @@ _ICBHI_DEVICES = {"AKGC417L": "AKG C417L microphone", "LittC2SE": "3M Littmann C
 _BOTH_SIDES, _OTHER_DEVICE = "patient on both sides of the split", "another stethoscope in the split than in the name"
 _ICBHI_FAULTS = (
     KnownFault(_BOTH_SIDES, "all recordings of the patient are trained on", "patients 156 and 218", "2017"),
-    KnownFault(_OTHER_DEVICE, "the name of the recording counts", "91 names of filename_differences.txt", "2017, mended in 2019"))
+    KnownFault(_OTHER_DEVICE, "the name of the recording counts", "91 names of filename_differences.txt", "2017, mended later"))
 
 @source(
     "icbhi", title="ICBHI 2017 Respiratory Sound Database", recordings=920, hours=5.5, role="in_domain",
@@ -210,7 +210,7 @@ def _kauh_sound(text, where):
 _KAUH_FILTERS = {"E": "extended (50-500 Hz)", "D": "diaphragm (100-500 Hz)", "B": "bell (20-200 Hz)"}  # in order of preference
 
 _KAUH_FAULTS = (KnownFault(SAME_BYTES, "one of them is used; none, if their labels differ",
-                           "EP76 and EP77, BP100 and BP101, DP100 and DP101, and others", "version 3"),)
+                           "EP76 and EP77, BP100 and BP101, DP100 and DP101", "version 3"),)
 
 def _kauh_breaths(files):
     "Patient to the filter that stands for the breath; None: all are doubled"
