@@ -110,13 +110,13 @@ _MIN_S1 = 4  # first heart sounds that a rate needs
 
 def _rate(events):
     "Beats per minute, from the annotated first heart sounds"
-    starts = [e["start_s"] for e in events if e["label"] == "S1"]
+    starts = sorted({e["start_s"] for e in events if e["label"] == "S1"})
     return round(60/float(np.median(np.diff(starts)))) if len(starts) >= _MIN_S1 else None
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-013
-def _findings(found, binary, extra):
+def _findings(found, binary, extra, source):
     "The findings, () if there are none, None if they are unknown"
-    if "database" in extra: return found if found or (binary == "normal" and extra.get("murmur_grade") == "none") else None
+    if source == "cinc2016": return found if found or (binary == "normal" and extra.get("murmur_grade") == "none") else None
     absent = extra.get("labels") == "Murmur absent at this site" or extra.get("Murmur") == "Absent"
     return found if found or binary == "normal" or absent else None
 
@@ -129,7 +129,7 @@ def facts(
     timed = tuple((e["label"], round(e["start_s"], 1), round(e["end_s"], 1)) for e in events if e["label"] in FINDINGS)
     sites, (timing, loudness) = _murmur_sites(extra), _word_graded(found, extra)
     return Facts(
-        row.recording_id, row.domain, binary, _findings(found, binary, extra), site, age, sex, device,
+        row.recording_id, row.domain, binary, _findings(found, binary, extra, row.get("source")), site, age, sex, device,
         seconds=round(float(row.duration_s), 1), quality=_quality(extra), phases=_phases(found, events, extra.get("phase")),
         events=timed or None, rate=_rate(events) if heart else None, murmur=_murmur(found, site, extra),
         timing=timing, loudness=loudness, heard_at=sites,

@@ -102,8 +102,9 @@ def _state_events(path):
     try: cells = loadmat(path)["state_ans"]
     except (KeyError, ValueError, NotImplementedError, OSError) as e:
         raise StethoError(f"{path} is not a MATLAB file with state_ans ({str(e).splitlines()[0]}): copy it again") from None
-    begun = [(_inner(sample), _inner(name)) for sample, name in cells]
+    begun = [(_inner(sample), _inner(name)) for sample, name in cells[:, :2]]
     begun = [(max(0, int(sample) - 1)/STATE_RATE, str(name).strip()) for sample, name in begun if None not in (sample, name)]
+    begun.sort(key=lambda state: state[0])
     ends = [start for start, _ in begun[1:]] + [None]
     return [(name, start, end) for (start, name), end in zip(begun, ends) if name != "N)" and start != end]
 

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import soundfile
 
-from stetholm.bench.pairs import all_facts
+from stetholm.bench.pairs import all_facts, synthesize
 from stetholm.core.config import StethoError
+from stetholm.data.checks import audit_sounds
 from stetholm.data.recordings import RECORDINGS, read_table, write_table
 from stetholm.data.sources import SOURCES, read_source, scan
 
@@ -58,6 +59,15 @@ def test_kauh(layouts):
     assert {"kauh_BP1", "kauh_DP1", "kauh_EP1", "kauh_DP76", "kauh_BP76"} <= set(t.index[t.split.notna()]) and t.groupby("patient_id").split.nunique().max() == 1
     assert {i: b for i, b in same.items() if b} == {f"kauh_{f}P{n}": f"kauh_{best}P{n}" for best, n, others in (("E", 1, "BD"), ("E", 60, "BD"), ("D", 76, "BE"), ("D", 77, "BE")) for f in others}
     assert "labelled otherwise" in more(t.loc["kauh_EP76"])["left_out"] and t.loc["kauh_EP76"].sha256 == t.loc["kauh_EP77"].sha256 and t.loc["kauh_EP76"].binary != t.loc["kauh_EP77"].binary
+
+
+def test_renderings_of_one_breath_are_neither_compared_nor_told_as_copies(layouts):
+    t = scan("kauh", layouts/"KAUH")
+    pairs = synthesize(t.assign(split="train", distribution="in_domain")[t.split.notna()], 1, 0)
+    patient = t.set_index("recording_id").patient_id
+    compared = pairs[pairs.task == "comparison"].recording_ids
+    assert len(compared) and all(patient[a] != patient[b] for a, b in compared)
+    assert not audit_sounds(t).kind.str.contains("duplicate|identical").any()
 
 
 def test_kauh_spells_the_pack_as_the_pack_does(layouts, recordings, tmp_path):
