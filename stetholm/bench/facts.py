@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..data.recordings import extra_labels
 from ..data.vocabulary import FINDINGS, SITES
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-004
@@ -32,18 +33,14 @@ class Facts(NamedTuple):
     phased:bool=False    # whether the source annotates phases
     rate:int=None        # heart beats per minute
     murmur:tuple=()      # (grade, shape or pitch, its value) of the systolic murmur where it is loudest
+    timing:tuple=()      # systolic, diastolic or both: when a murmur is heard whose place within them is not labelled
+    loudness:str=None    # weak or strong, of a murmur that its source does not grade from 1 to 6
     heard_at:tuple=()    # sites where the patient's murmur is audible
     loudest:str=None     # site where it is loudest
     diagnosis:str=None   # the patient's, as the vocabulary spells it
     looked_for:tuple=()  # families that its source names in any recording of that domain
 
-# %% ../../nbs/bench/00_facts.ipynb #05b-006
-def _extra_labels(extra):
-    "All of a source's further labels in one dictionary"
-    labels = json.loads(extra)
-    inner = labels.pop("findings", None)
-    return labels | (json.loads(inner) if isinstance(inner, str) else {})
-
+# %% ../../nbs/bench/00_facts.ipynb #known
 def _known(value): return None if value is None or value == "" or value != value else value
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-008
@@ -83,6 +80,7 @@ def _phases(findings, events, words):
     return _phases_in_words(families, words) if words else _phases_in_time(families, events)
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-012
+_GRADES_IN_WORDS = ("none", "weak", "strong", "unclear")
 _ROMAN = {"I/VI": "1", "II/VI": "2", "III/VI": "3", "IV/VI": "4", "V/VI": "5", "VI/VI": "6"}
 
 def _area(code): return SITES["circor"].get(code)
@@ -93,8 +91,14 @@ def _murmur(findings, site, extra):
     if site is not None and _area(extra.get("Most audible location")) == site:
         grade = _ROMAN.get(extra.get("Systolic murmur grading"))
         shape, pitch = extra.get("Systolic murmur shape"), extra.get("Systolic murmur pitch")
+    elif extra.get("murmur_grade") in _GRADES_IN_WORDS: return ()
     else: grade, shape, pitch = (_known(extra.get(f"murmur_{k}")) for k in ("grade", "shape", "pitch"))
     return tuple((k, str(v).lower()) for k, v in (("grade", grade), ("shape", shape), ("pitch", pitch)) if v)
+
+def _word_graded(findings, extra):
+    "(timing, loudness) of a murmur that its source grades in words"
+    grade, timing = extra.get("murmur_grade"), extra.get("murmur_timing") or ""
+    return (tuple(timing.split(" and ")) if timing else (), grade) if findings and grade in ("weak", "strong") else ((), None)
 
 def _murmur_sites(extra):
     "Sites where the patient's murmur is audible"
@@ -106,12 +110,13 @@ _MIN_S1 = 4  # first heart sounds that a rate needs
 
 def _rate(events):
     "Beats per minute, from the annotated first heart sounds"
-    starts = [e["start_s"] for e in events if e["label"] == "S1"]
+    starts = sorted({e["start_s"] for e in events if e["label"] == "S1"})
     return round(60/float(np.median(np.diff(starts)))) if len(starts) >= _MIN_S1 else None
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-013
-def _findings(found, binary, extra):
+def _findings(found, binary, extra, source):
     "The findings, () if there are none, None if they are unknown"
+    if source == "cinc2016": return found if found or (binary == "normal" and extra.get("murmur_grade") == "none") else None
     absent = extra.get("labels") == "Murmur absent at this site" or extra.get("Murmur") == "Absent"
     return found if found or binary == "normal" or absent else None
 
@@ -119,14 +124,15 @@ def facts(
     row:pd.Series,  # of the recordings table
 ) -> Facts:
     "The facts of a recording"
-    extra, found, events, heart = _extra_labels(row.extra), tuple(row.findings), list(row.events), row.domain == "heart"
+    extra, found, events, heart = extra_labels(row.extra), tuple(row.findings), list(row.events), row.domain == "heart"
     binary, site, age, sex, device, diagnosis = (_known(row[c]) for c in ("binary", "site", "age", "sex", "device", "diagnosis"))
     timed = tuple((e["label"], round(e["start_s"], 1), round(e["end_s"], 1)) for e in events if e["label"] in FINDINGS)
-    sites = _murmur_sites(extra)
+    sites, (timing, loudness) = _murmur_sites(extra), _word_graded(found, extra)
     return Facts(
-        row.recording_id, row.domain, binary, _findings(found, binary, extra), site, age, sex, device,
+        row.recording_id, row.domain, binary, _findings(found, binary, extra, row.get("source")), site, age, sex, device,
         seconds=round(float(row.duration_s), 1), quality=_quality(extra), phases=_phases(found, events, extra.get("phase")),
-        events=timed or None, rate=_rate(events) if heart else None, murmur=_murmur(found, site, extra), heard_at=sites,
+        events=timed or None, rate=_rate(events) if heart else None, murmur=_murmur(found, site, extra),
+        timing=timing, loudness=loudness, heard_at=sites,
         loudest=_area(extra.get("Most audible location")) if sites else None, diagnosis=diagnosis)
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-017

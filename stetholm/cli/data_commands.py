@@ -22,7 +22,7 @@ data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Recordings
 def data_list(
     folder: Annotated[str, typer.Option(help="where `data fetch` puts datasets, for what is present")] = "recordings",
 ):
-    "The datasets that `scan` can read: recordings and hours as published, role in the study, whether they are here"
+    "The datasets that `scan` can read: recordings and hours as published, role in the study, whether they are here, known faults"
     from stetholm.data.sources import SOURCES
     print(f"{'set':12} {'recordings':>10} {'hours':>6}  {'role':10} {'passed on':9} {'here':5} licence")
     for s in SOURCES.values():
@@ -30,6 +30,7 @@ def data_list(
         passed_on = "yes" if s.redistribution else "no"
         print(f"{s.key:12} {s.recordings or '?':>10} {s.hours or '?':>6}  {s.role:10} {passed_on:9} {here:5} {s.licence}")
         print(f"{'':12} {s.title}; {s.homepage}")
+        if s.faults: print(f"{'':12} known faults: {'; '.join(f'{f.kind} ({f.where})' for f in s.faults)}")
 
 @data.command("fetch")
 def data_fetch(
@@ -64,15 +65,21 @@ def data_scan(
     write_table(table, out, RECORDINGS)
     print(f"{len(table)} recordings of {table.patient_id.nunique()} patients, {table.duration_s.sum()/3600:.2f} h, in {out}")
     extra = table.extra.map(json.loads)
-    left_out, mended = extra.map(lambda e: e.get("left_out")), extra.map(lambda e: (e.get("faults") or [None])[0])
-    for what, notes in (("left out of every split", left_out), ("with a fault that was mended", mended)):
-        if not (n := notes.notna().sum()): continue
-        print(f"{n} {what}, the first: {table.recording_id[notes.first_valid_index()]}: {notes.dropna().iloc[0]}")
+    left_out = extra.map(lambda e: e.get("left_out")).dropna()
+    if len(left_out):
+        print(f"{len(left_out)} left out of every split, the first: {table.recording_id[left_out.index[0]]}: {left_out.iloc[0]}")
+    for note in found.notes: print(note)
     bad = Path(out).with_suffix(".bad.csv")
     if found.bad:
         with write_whole(bad) as tmp: pd.DataFrame(found.bad).to_csv(tmp, index=False)
         print(f"{len(found.bad)} faults skipped, listed in {bad}; the first: {found.bad[0]['fault']}")
     else: bad.unlink(missing_ok=True)
+    of_kind = {}
+    for name, e in zip(table.recording_id, extra):
+        for fault in {f["kind"]: f for f in reversed(e.get("faults", []))}.values():
+            of_kind.setdefault(fault["kind"], []).append(f"{name}: {fault['detail']}")
+    if of_kind:
+        print("recordings with a known fault:", "; ".join(f"{len(those)} {kind} ({those[0]})" for kind, those in sorted(of_kind.items())))
 
 @data.command("join")
 def data_join(
@@ -99,7 +106,8 @@ def data_audit(
     from stetholm.data.card import as_markdown, data_card, sections, write_card
     from stetholm.data.recordings import RECORDINGS, read_table
     recordings, name = read_table(table, RECORDINGS), name or Path(table).stem
-    faults = pd.concat([audit_table(recordings), audit_sounds(recordings)], ignore_index=True)
+    faults = pd.concat([audit_table(recordings), audit_sounds(recordings)])
+    faults = faults.sort_values("severity", kind="stable", ignore_index=True)  # errors first
     if out:
         files = write_card(recordings, table, out, name, faults)
         write_json(Path(out)/"faults.json", json.loads(faults.to_json(orient="records")))

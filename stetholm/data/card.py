@@ -15,7 +15,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from ..core.files import file_hash, write_json, write_whole
-from .recordings import RECORDINGS
+from .recordings import ANY_SOURCE, RECORDINGS, extra_labels
 from .sources import SOURCES
 
 # %% ../../nbs/data/08_card.ipynb #totals
@@ -37,6 +37,10 @@ def _ages(ages):
     if len(words): out["words"] = words.value_counts().sort_index().to_dict()
     if ages.isna().any(): out["not_said"] = int(ages.isna().sum())
     return out
+def _fault_counts(extra):
+    "Recordings with each kind of fault that the scan noted"
+    kinds = extra.map(lambda x: sorted({f["kind"] for f in extra_labels(x).get("faults", [])}))
+    return {kind: int(n) for kind, n in kinds.explode().dropna().value_counts().sort_index().items()}
 
 # %% ../../nbs/data/08_card.ipynb #source-card
 def _source_card(table):
@@ -47,6 +51,7 @@ def _source_card(table):
         "licence": sorted(table.licence.unique()), "distribution": sorted(table.distribution.unique()),
         "split": _count(table.split, "left out"), "binary": _count(table.binary), "sex": _count(table.sex, "not said"),
         "device": _count(table.device, "not said"), "site": _count(table.site, "not said"), "age": _ages(table.age),
+        "faults": _fault_counts(table.extra),
         "sample_rate": {str(rate): int(n) for rate, n in rates.items()},
         "seconds": {k: round(float(v), 2) for k, v in seconds.items()}}
 
@@ -93,6 +98,16 @@ def _ages_table(sources):
         words = ", ".join(f"{k} {v}" for k, v in c["age"].get("words", {}).items())
         rows.append((s, years, words, c["age"].get("not_said", 0)))
     return pd.DataFrame(rows, columns=["source", "years: youngest / median / oldest", "as words", "not said"])
+def _known_faults_table(sources):
+    rows = []
+    for s, c in sources.items():
+        source = SOURCES.get(s)
+        declared = {f.kind: f for f in source.faults} if source else {}
+        for kind, n in c["faults"].items():
+            known = declared.get(kind)
+            what = (known.what, known.where, known.since) if known else (ANY_SOURCE.get(kind, ""), "", "")
+            rows.append((s, kind, n, *what))
+    return pd.DataFrame(rows, columns=["source", "fault", "recordings", "what is done", "known where", "known since"])
 
 # %% ../../nbs/data/08_card.ipynb #count-tables
 def _by_source(sources, key):
@@ -139,6 +154,8 @@ def sections(
         ("Devices", _listed(sources, "device"))]
     if left_out["recordings"]:
         parts.append(("Left out, and why", pd.DataFrame(left_out["reasons"].items(), columns=["reason", "recordings"])))
+    known = _known_faults_table(sources)
+    if len(known): parts.append(("Faults of the publications and their annotations", known))
     if faults is not None: parts.append(("What the audit found", _faults_table(faults)))
     return [*parts, ("Known limits", "\n".join(f"- {limit}" for limit in LIMITS))]
 

@@ -8,6 +8,7 @@ __all__ = ['FAULT_COLUMNS', 'EVENT_LABELS', 'COMPARING_CHECKS', 'RECORDING_CHECK
            'contamination']
 
 # %% ../../nbs/data/07_checks.ipynb #imports
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import pandas as pd
 from ..core.config import StethoError
 from ..core.files import file_hash, read_json, write_json
 from .fingerprints import measure_sounds, similar_pairs
-from .recordings import END_TOLERANCE_S, RECORDINGS, read_table
+from .recordings import ANY_SOURCE, END_TOLERANCE_S, RECORDINGS, TWICE, extra_labels, read_table
+from .sources import SOURCES
 from .vocabulary import EVENTS, FINDINGS
 
 # %% ../../nbs/data/07_checks.ipynb #04-006
@@ -93,10 +95,23 @@ def _missing_licence(recording):
     name, licence = recording.recording_id, recording.licence
     if not isinstance(licence, str) or not licence.strip():
         yield "error", "no licence", [name], f"{name} has no licence", "write down its terms, or leave it out"
+def _repeated_events(recording):
+    counts = Counter((e["label"], e["start_s"], e["end_s"]) for e in recording.events)
+    if twice := [event for event, n in counts.items() if n > 1]:
+        label, start, end = twice[0]
+        detail = f"{recording.recording_id}: {len(twice)} events, the first: {label} from {start:g} to {end:g} s"
+        yield "note", TWICE, [recording.recording_id], detail, "scan again: equal events become one"
+
+def _noted_faults(recording):
+    "The faults that the scan noted: those of the publication, and events that were dropped or cut"
+    source = SOURCES.get(recording.source)
+    remedies = source.remedies() if source else ANY_SOURCE
+    for kind, detail in {f["kind"]: f["detail"] for f in extra_labels(recording.extra).get("faults", [])}.items():
+        yield "note", kind, [recording.recording_id], f"{recording.recording_id}: {detail}", remedies.get(kind, "look at it")
 
 # %% ../../nbs/data/07_checks.ipynb #audit-table
 COMPARING_CHECKS = (_patients_across_splits, _files_across_splits, _contradicting_labels, _patients_of_two_sexes, _training_on_ood)
-RECORDING_CHECKS = (_unknown_labels, _impossible_events, _missing_licence)
+RECORDING_CHECKS = (_unknown_labels, _impossible_events, _repeated_events, _noted_faults, _missing_licence)
 
 def audit_table(
     table:pd.DataFrame,  # recordings
@@ -158,9 +173,11 @@ def _duplicates(table, measures):
 # Largest bit-error rate at which labels must agree: a manikin's heart with and without its murmur shows about .25
 SAME_LABEL_ERRORS = .2
 
+def _breath(recording): return extra_labels(recording.extra).get("same_breath_as", recording.recording_id)
+
 def _duplicate_faults(recordings, duplicate):
     a, b = recordings[duplicate.first], recordings[duplicate.second]
-    if a.sha256 == b.sha256: return
+    if a.sha256 == b.sha256 or _breath(a) == _breath(b) and a.split == b.split: return
     ids, kind = [a.recording_id, b.recording_id], duplicate.kind
     names = f"{a.recording_id} and {b.recording_id} ({duplicate.detail})"
     contradict = pd.notna(a.binary) and pd.notna(b.binary) and a.binary != b.binary

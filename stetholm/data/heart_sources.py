@@ -12,8 +12,8 @@ import numpy as np
 from scipy.io import loadmat
 
 from ..core.config import StethoError
-from .recordings import Scan, parse_name, source
-from .vocabulary import SEX_OF_LETTER, to_site
+from .recordings import NO_ANNOTATION, NO_LENGTH, TWICE, KnownFault, Scan, missing_annotation, parse_name, source
+from .vocabulary import SEX_OF_LETTER, SITES, murmur_labels, to_site
 
 # %% ../../nbs/data/03_heart_sources.ipynb #circor-murmur
 def _circor_murmur(child, site):
@@ -46,31 +46,36 @@ def _circor_states(scan, path):
     events = []
     for i, row in scan.table(path, ("start", "end", "state"), None):
         with scan.faults_in(path, i):
-            if row["state"] not in _CIRCOR_STATES: raise StethoError(f"state {row['state']!r} is not 0 to 4: mend that row")
             try: start, end = float(row["start"]), float(row["end"])
             except ValueError:
                 raise StethoError(f"{row['start']!r} and {row['end']!r} are not two times in seconds: mend that row") from None
-            events.append((_CIRCOR_STATES[row["state"]], start, end))
+            if row["state"] not in _CIRCOR_STATES and start != end:
+                raise StethoError(f"state {row['state']!r} is not 0 to 4: mend that row")
+            events.append((_CIRCOR_STATES.get(row["state"], f"state {row['state']}"), start, end))
     return events
 
 # %% ../../nbs/data/03_heart_sources.ipynb #02g-006
+_CIRCOR_FAULTS = (
+    KnownFault(NO_ANNOTATION, "the recording stays, without heart states", "50782_MV_1, whose tsv is called 50782_MV.tsv",
+               "1.0.0, renamed in 1.0.3"),
+    KnownFault(NO_LENGTH, "the state is left out", "the only row of 50782_MV_1.tsv, of a state 28", "1.0.0"),
+    KnownFault(TWICE, "the state counts once", "50690_MV_2, 50690_TV and 84713_TV", "1.0.0"))
+
 @source(
     "circor", title="CirCor DigiScope", recordings=3163, hours=20., role="in_domain", licence="ODC-BY-1.0", redistribution=True,
-    homepage="https://physionet.org/content/circor-heart-sound/1.0.3/",
+    homepage="https://physionet.org/content/circor-heart-sound/1.0.3/", faults=_CIRCOR_FAULTS,
     citation="Oliveira J. et al., The CirCor DigiScope dataset: from murmur detection to murmur classification, "
              "IEEE JBHI 26(6), 2022, doi:10.1109/JBHI.2021.3137048")
 def read_circor(scan:Scan):
     "`training_data.csv`, and `<id>_<AV|PV|TV|MV|Phc>[_n].wav` with a `.tsv` of heart states"
-    states, children = {p.stem: p for p in scan.find(".tsv")}, _circor_children(scan)
+    states, children = scan.annotations(".tsv", "heart states"), _circor_children(scan)
     for path in scan.audio():
         with scan.faults_in(path):
             name = parse_name(path, r"(?P<id>\d+)_(?P<site>[A-Za-z]+)(?:_(\d+))?", "<id>_<AV|PV|TV|MV|Phc>")
             campaign_id, site = name["id"], name["site"]
             if campaign_id not in children:
                 raise StethoError(f"{path}: patient {campaign_id} is not in training_data.csv: add its row")
-            if path.stem not in states:
-                raise StethoError(f"{path} has no {path.stem}.tsv with its heart states: copy it beside the wav")
-            child, events = children[campaign_id], _circor_states(scan, states[path.stem])
+            child, events = children[campaign_id], _circor_states(scan, states[path.stem]) if path.stem in states else []
             labels, binary = _circor_murmur(child, site)
             ids = [i for i in (campaign_id, child["Additional ID"].removesuffix(".0")) if i]
             outcome = child.get("Outcome", "")
@@ -79,7 +84,7 @@ def read_circor(scan:Scan):
                      diagnosis=f"{outcome} cardiac outcome" if outcome else "",
                      events=[e for e in events if e[0] != "not annotated"],
                      age=child.get("Age") or child.get("Age group"), sex=child.get("Sex") or None,
-                     device="Littmann 3200 (DigiScope Collector)",
+                     device="Littmann 3200 (DigiScope Collector)", faults=missing_annotation(path, states, ".tsv"),
                      extra=described | {"site_code": site, "campaign_id": campaign_id,
                                         "not_annotated": [[start, end] for state, start, end in events if state == "not annotated"]})
 
@@ -87,8 +92,8 @@ def read_circor(scan:Scan):
 STATE_RATE = 2000  # Hz, of the sample numbers in StateAns files
 
 def _inner(cell):
-    "What lies in nested MATLAB cells"
-    while isinstance(cell, np.ndarray): cell = cell.ravel()[0]
+    "What lies in nested MATLAB cells; None in an empty one"
+    while isinstance(cell, np.ndarray): cell = cell.ravel()[0] if cell.size else None
     return cell
 
 # %% ../../nbs/data/03_heart_sources.ipynb #state-events-def
@@ -97,60 +102,96 @@ def _state_events(path):
     try: cells = loadmat(path)["state_ans"]
     except (KeyError, ValueError, NotImplementedError, OSError) as e:
         raise StethoError(f"{path} is not a MATLAB file with state_ans ({str(e).splitlines()[0]}): copy it again") from None
-    starts = [max(0, int(_inner(c)) - 1)/STATE_RATE for c in cells[:, 0]]
-    names = [str(_inner(c)) for c in cells[:, 1]]
-    return [(name, start, end) for name, start, end in zip(names, starts, starts[1:] + [None]) if name != "N)" and start != end]
+    begun = [(_inner(sample), _inner(name)) for sample, name in cells[:, :2]]
+    begun = [(max(0, int(sample) - 1)/STATE_RATE, str(name).strip()) for sample, name in begun if None not in (sample, name)]
+    begun.sort(key=lambda state: state[0])
+    ends = [start for start, _ in begun[1:]] + [None]
+    return [(name, start, end) for (start, name), end in zip(begun, ends) if name != "N)" and start != end]
 
 # %% ../../nbs/data/03_heart_sources.ipynb #cinc2016-tables
 def _cinc2016_verdicts(scan):
-    "(folder, record) to normal or abnormal"
+    "(folder, record) and record to normal or abnormal"
     verdicts = {}
     for path in scan.find("reference.csv", required=True):
         for i, row in scan.table(path, ("record", "class")):
             with scan.faults_in(path, i):
                 if row["class"] not in ("1", "-1"):
                     raise StethoError(f"class {row['class']!r} is not 1 (abnormal) or -1 (normal): mend that row")
-                verdicts[path.parent.name, row["record"]] = "abnormal" if row["class"] == "1" else "normal"
+                verdict = "abnormal" if row["class"] == "1" else "normal"
+                verdicts[path.parent.name, row["record"]] = verdicts[row["record"]] = verdict
     return verdicts
 
-# %% ../../nbs/data/03_heart_sources.ipynb #cinc2016-more
 def _cinc2016_quality(scan):
     "Record to the publisher's signal quality, 0 or 1"
     return {row["record"]: row["sqi"] for path in scan.find("reference_withsqi.csv", "reference-sqi.csv")
             for _, row in scan.table(path, ("record", "class", "sqi"))}
 
+# %% ../../nbs/data/03_heart_sources.ipynb #cinc2016-appendix
+_CINC2016_COLUMNS = {  # first words of a column to its name here
+    "challenge record name": "record", "diagnosis": "diagnosis", "gender": "sex", "age": "age", "subject id": "subject",
+    "transducer site": "site", "murmurs": "murmur_grade", "murmur location": "murmur_timing"}
+_CINC2016_CODES = {"murmur_grade": {"2": "none", "3": "weak", "4": "strong", "6": "unclear"},
+                   "murmur_timing": {"2": "systolic", "3": "diastolic", "4": "systolic and diastolic"}}
+
 def _cinc2016_appendix(scan):
-    "Record to its row of the appendix, without empty cells"
-    record = "Challenge record name"
-    rows = (row for path in scan.find("online_appendix_training_set.csv")
-            for _, row in scan.table(path, required=(record, "Diagnosis"), legacy=True))
-    return {row[record]: {k: v for k, v in row.items() if v and v.lower() != "nan"} for row in rows}
+    "Record to (its row of the appendix without empty cells, what of it is understood)"
+    out = {}
+    for path in scan.find("online_appendix_training_set.csv"):
+        for i, row in scan.table(path, legacy=True):
+            row = {column: cell for column, cell in row.items() if cell and cell.lower() != "nan"}
+            known = {}
+            for column, cell in row.items():
+                words = column.lower().replace("_", " ")
+                name = next((n for start, n in _CINC2016_COLUMNS.items() if words.startswith(start)), None)
+                cell = cell.removesuffix(".0")  # of a spreadsheet
+                if name: known[name] = _CINC2016_CODES[name].get(cell) if name in _CINC2016_CODES else cell
+            if "record" in known: out[known.pop("record")] = row, known
+        if not out: raise StethoError(f"{path} has no column Challenge record name: its first row must name it")
+    return out
 
 # %% ../../nbs/data/03_heart_sources.ipynb #02g-009
+_TWO_SUBJECTS = "subject number of two people"
+_CINC2016_FAULTS = (
+    KnownFault(_TWO_SUBJECTS, "the age distinguishes them", "training-e, a healthy and an ill subject, as 275", "1.0.0"),)
+
 @source(
     "cinc2016", title="CinC/PhysioNet Challenge 2016", recordings=3240, role="ood", licence="ODC-BY-1.0", redistribution=True,
-    homepage="https://physionet.org/content/challenge-2016/1.0.0/",
+    homepage="https://physionet.org/content/challenge-2016/1.0.0/", faults=_CINC2016_FAULTS,
     citation="Liu C. et al., An open access database for the evaluation of heart sound algorithms, "
              "Physiol. Meas. 37 (2016) 2181, doi:10.1088/0967-3334/37/12/2181")
 def read_cinc2016(scan:Scan):
-    "`training-<a..f>/<record>.wav` with `REFERENCE.csv`, and `<record>_StateAns.mat` with heart states"
+    "`training-<a..f>/<record>.wav` with `REFERENCE.csv`, `<record>_StateAns.mat` with heart states, and the appendix"
     states = {}
     for p in scan.find("stateans.mat"): states.setdefault(p.stem.split("_StateAns")[0], p)
     verdicts, quality, appendix = _cinc2016_verdicts(scan), _cinc2016_quality(scan), _cinc2016_appendix(scan)
-    for path in scan.audio():
+    if not states: scan.notes.append("no <record>_StateAns.mat was found: the recordings have no heart states")
+    if not appendix:
+        scan.notes.append("no Online Appendix_training set.csv was found: the recordings have no diagnosis, age, sex, site, subject "
+                          "and murmur")
+    ages = {}
+    for record, (_, known) in appendix.items():
+        if "subject" in known: ages.setdefault((record[0], known["subject"]), set()).add(known.get("age"))
+    files = scan.audio()
+    trained = {path.stem for path in files if path.parent.name != "validation"}
+    if repeated := [path for path in files if path.parent.name == "validation" and path.stem in trained]:
+        scan.notes.append(f"{len(repeated)} recordings of the folder validation are in the training folders, too, and count once")
+    for path in (p for p in files if p not in set(repeated)):
         with scan.faults_in(path):
             folder, record = path.parent.name, path.stem
-            if (folder, record) not in verdicts:
-                raise StethoError(f"{path}: record {record} is not in {folder}/REFERENCE.csv: add its row")
-            verdict, about = verdicts[folder, record], appendix.get(record, {})
-            age = next((v for k, v in about.items() if k.lower().startswith("age")), None)
-            sex = next((v for k, v in about.items() if k.lower().startswith(("gender", "sex"))), "")
-            repeated = folder == "validation"
-            scan.add(path, None, "heart", [verdict], verdict, name=f"validation_{record}" if repeated else record,
-                     diagnosis=about.get("Diagnosis", ""), events=_state_events(states[record]) if record in states else (),
-                     age=age, sex=SEX_OF_LETTER.get(sex[:1].upper()),
-                     left_out="the validation folder repeats recordings of the training folders" if repeated else None,
-                     extra={"database": folder, "quality": quality.get(record), "appendix": about})
+            verdict = verdicts.get((folder, record), verdicts.get(record))
+            if not verdict: raise StethoError(f"{path}: record {record} is not in {folder}/REFERENCE.csv: add its row")
+            about, known = appendix.get(record, ({}, {}))
+            subject, age, grade = known.get("subject"), known.get("age"), known.get("murmur_grade")
+            patient = "_".join(filter(None, (record[0], subject, age))) if subject else None
+            two = len(ages.get((record[0], subject), ())) > 1
+            missing = missing_annotation(path, states, "_StateAns.mat") if states else []
+            scan.add(path, patient, "heart", [verdict, *murmur_labels(grade)], verdict,
+                     site=SITES["cinc2016"].get(known.get("site", "").lower()),
+                     diagnosis=known.get("diagnosis", ""), events=_state_events(states[record]) if record in states else (),
+                     age=age, sex=SEX_OF_LETTER.get(known.get("sex", "")[:1].upper()),
+                     faults=[*missing, *([(_TWO_SUBJECTS, f"subject {subject} of training-{record[0]}")] if two else [])],
+                     extra={"database": f"training-{record[0]}", "quality": quality.get(record), "appendix": about,
+                            "murmur_grade": grade, "murmur_timing": known.get("murmur_timing")})
 
 # %% ../../nbs/data/03_heart_sources.ipynb #manikin
 def _manikin(row):
@@ -165,11 +206,15 @@ def _manikin(row):
     return [(f"{manikin}_{kind}_{place}", None, lung, site)]
 
 # %% ../../nbs/data/03_heart_sources.ipynb #02g-012
+_OTHER_ID, _OTHER_SITE = "id of the table is not the file's name", "site of the table is not that of the name"
+_HLSCMDS_FAULTS = (
+    KnownFault(_OTHER_ID, "the file's name counts", "crackles of LS.csv, G and C in place of CC and FC", "version 3"),
+    KnownFault(_OTHER_SITE, "the name counts; extra keeps the table's", "F_T_RC", "version 3"))
 _MANIKIN_LUNG_SITES = {"RUA", "LUA", "RMA", "LMA", "RLA", "LLA"}
 
 @source(
     "hlscmds", title="HLS-CMDS", recordings=535, role="ood", licence="CC-BY-4.0", redistribution=True,
-    homepage="https://data.mendeley.com/datasets/8972jxbpmp/3",
+    homepage="https://data.mendeley.com/datasets/8972jxbpmp/3", faults=_HLSCMDS_FAULTS,
     citation="Torabi Y., Shirani S., Reilly J.P., Descriptor: Heart and Lung Sounds Dataset Recorded from a Clinical Manikin using "
              "Digital Stethoscope (HLS-CMDS), IEEE Data Descriptions 2025, doi:10.1109/IEEEDATA.2025.3566012")
 def read_hlscmds(scan:Scan):
@@ -190,10 +235,13 @@ def read_hlscmds(scan:Scan):
             is_lung = not heart or (lung and site in _MANIKIN_LUNG_SITES)
             mix, parts = row.get("Mixed Sound ID"), [row.get("Heart Sound ID"), row.get("Lung Sound ID")]
             is_mix = path.stem == mix
+            marks = {_OTHER_ID: (not mix and path.stem not in parts, next(filter(None, parts))),
+                     _OTHER_SITE: (listed_site != site, listed_site)}
             scan.add(path, f"manikin_{row['Gender']}", "lung" if is_lung else "heart", labels,
                      "normal" if set(labels) == {"Normal"} else "abnormal", name=f"{path.parent.name}_{path.stem}",
                      site=to_site("hlscmds", site, path.name), sex=SEX_OF_LETTER[row["Gender"]],
                      device="digital stethoscope on a clinical manikin",
+                     faults=[(kind, detail) for kind, (so, detail) in marks.items() if so],
                      extra={"simulated": "clinical manikin", "sound": labels[0] if len(labels) == 1 else None,
                             "heart_sound": heart if lung else None, "lung_sound": lung if heart else None,
                             "parts": parts if is_mix else None, "mixed_in": None if is_mix else mix,
@@ -237,12 +285,13 @@ def _number(text):
 def _bmd_hs_diseases(scan):
     "Number of a patient to its row of `train.csv`"
     patients, columns = {}, (*_BMD_HS_DISEASES, "N")
-    for path in (p for p in scan.find("train.csv", required=True) if p.name == "train.csv"):
+    for path in (p for p in scan.find("train.csv", required=True) if p.name.lower() == "train.csv"):
         for i, row in scan.table(path, required=("patient_id", *columns)):
             with scan.faults_in(path, i):
                 marks = {row[k] for k in columns}
                 if marks - {"0", "1"} and marks != {"N/A"}:
                     raise StethoError(f"{', '.join(_BMD_HS_DISEASES)} and N are 0 or 1, or N/A together: mend that row")
+                if marks == {"N/A"}: continue
                 patients[_number(row["patient_id"])] = row
     return patients
 
@@ -252,28 +301,39 @@ def _bmd_hs_people(scan):
             for _, row in scan.table(path, required=("patient_id", "Age", "Gender"))}
 
 # %% ../../nbs/data/03_heart_sources.ipynb #02g-018
+_NO_LABELS, _ODD_NAME = "patient without labels", "name with a suffix"
+_BMD_HS_FAULTS = (
+    KnownFault(_NO_LABELS, "the recordings stay, without labels", "eight of patient 022; a row of N/A at first, later none", "first"),
+    KnownFault(_ODD_NAME, "the suffix is kept in extra", "MD_085_sit_Tri6_06", "first"))
+
 @source(
     "bmd_hs", title="BMD-HS (BUET multi-disease heart sounds)", recordings=872, role="ood", licence="CC-BY-NC-ND-4.0",
-    redistribution=False, homepage="https://github.com/sani002/BMD-HS-Dataset",
+    redistribution=False, homepage="https://github.com/sani002/BMD-HS-Dataset", faults=_BMD_HS_FAULTS,
     citation="Ali S.N. et al., BUET Multi-disease Heart Sound Dataset: A Comprehensive Auscultation Dataset for Developing "
              "Computer-Aided Diagnostic Systems, 2024, arXiv:2409.00724")
 def read_bmd_hs(scan:Scan):
     "`<disease>_<patient>_<sup|sit>_<valve>.wav` with `train.csv` and `additional_metadata.csv`"
     diseases, people = _bmd_hs_diseases(scan), _bmd_hs_people(scan)
     pattern = r"(?P<disease>AS|AR|MR|MS|MD|N)_(?P<patient>\d+)_(?P<posture>sup|sit)_(?P<valve>Mit|Tri|Pul|Aor)(?P<suffix>\w*)"
-    for path in scan.audio():
+    names = {path: re.fullmatch(pattern, path.stem) for path in scan.audio()}
+    if not any(name and _number(name["patient"]) in diseases for name in names.values()):
+        raise StethoError(f"no recording in {scan.folder} is of a patient in train.csv: give the folder that has both")
+    for path in names:
         with scan.faults_in(path):
             name = parse_name(path, pattern, "<disease>_<patient>_<sup|sit>_<Mit|Tri|Pul|Aor>")
             patient, named_normal = _number(name["patient"]), name["disease"] == "N"
-            if patient not in diseases: raise StethoError(f"{path}: patient {name['patient']} is not in train.csv: add its row")
-            row, person = diseases[patient], people.get(patient, {})
-            if row["N"] != "N/A" and (row["N"] == "1") != named_normal:
+            row, person = diseases.get(patient, {}), people.get(patient, {})
+            if row and (row["N"] == "1") != named_normal:
                 raise StethoError(f"{path} is named as {name['disease']}, but train.csv has N={row['N']} "
                                   f"for patient {name['patient']}: find out which is right")
-            verdict = "normal" if named_normal else "abnormal"
-            diagnosis = " and ".join(disease for k, disease in _BMD_HS_DISEASES.items() if row[k] == "1")
-            if row["N"] == "1": diagnosis = diagnosis or "normal"
-            scan.add(path, name["patient"], "heart", [verdict], verdict, site=to_site("bmd_hs", name["valve"], path.name),
-                     diagnosis=diagnosis, age=person.get("Age"), sex=SEX_OF_LETTER.get(person.get("Gender", "").upper()[:1]),
+            verdict = ("normal" if named_normal else "abnormal") if row else None
+            diagnosis = " and ".join(disease for k, disease in _BMD_HS_DISEASES.items() if row.get(k) == "1")
+            if row.get("N") == "1": diagnosis = diagnosis or "normal"
+            marks = {_NO_LABELS: (not row, f"patient {name['patient']}"), _ODD_NAME: (name["suffix"], path.name)}
+            scan.add(path, name["patient"], "heart", [verdict] if verdict else [], verdict,
+                     site=to_site("bmd_hs", name["valve"], path.name),
+                     diagnosis=diagnosis, age=re.sub(r"(\d+)-(\d+)", r"aged \1 to \2", person.get("Age", "")),
+                     sex=SEX_OF_LETTER.get(person.get("Gender", "").upper()[:1]),
+                     faults=[(kind, detail) for kind, (so, detail) in marks.items() if so],
                      extra={"posture": {"sup": "supine", "sit": "sitting"}[name["posture"]], "class": name["disease"],
                             "name_suffix": name["suffix"], **{k: person.get(k) for k in ("Smoker", "Lives")}})

@@ -12,12 +12,13 @@ from collections import Counter
 
 from ..core.config import StethoError
 from ..core.files import file_hash
-from .recordings import Scan, parse_name, source
-from .vocabulary import SEX_OF_LETTER, kauh_zone, to_site
+from .recordings import NO_ANNOTATION, SAME_BYTES, KnownFault, Scan, missing_annotation, parse_name, source
+from .vocabulary import EVENTS, SEX_OF_LETTER, SPELLINGS, kauh_zone, to_site
 
 # %% ../../nbs/data/02_lung_sources.ipynb #sprsound-note
 def _sprsound_note(path):
-    "The label of a recording, or None, and its (label, start in s, end in s)"
+    "The label of a recording, or None, and its (label, start in s, end in s); no file: neither"
+    if path is None: return None, []
     try: note = json.loads(path.read_bytes().decode("utf-8-sig"))
     except ValueError as e: raise StethoError(f"{path} is not valid JSON ({e}): copy it again") from None
     label = note.get("record_annotation", note.get("recording_annotation"))
@@ -57,34 +58,43 @@ def _sprsound_diagnoses(scan):
     return {patient: list(dict.fromkeys(d for d in listed if d)) for patient, listed in found.items()}
 
 # %% ../../nbs/data/02_lung_sources.ipynb #02f-007
+_NO_RECORD_LABEL, _NO_NUMBER, _SITE, _DISAGREE = (
+    "label of the recording missing", "patient number missing", "site code not explained", "summaries disagree about the diagnosis")
+_SPRSOUND_FAULTS = (
+    KnownFault(_NO_RECORD_LABEL, "its events decide", "all of test2024 and test2025", "BioCAS 2024"),
+    KnownFault(_NO_NUMBER, "all such recordings of one age and sex count as one child", "names that begin with _", "BioCAS 2024"),
+    KnownFault(_SITE, "the recording has no site; extra keeps the code", "p5 to p8", "BioCAS 2024"),
+    KnownFault(_DISAGREE, "the database's own counts; extra keeps all", "a few patients of the summaries", "BioCAS 2024"))
 _SPRSOUND_SIDES = (("inter_test", "test"), ("intra_test", "train"), ("train", "train"), ("test", "test"))  # part of the path, split
 
 @source(
     "sprsound", title="SPRSound (BioCAS 2022 to 2025)", recordings=6567, role="in_domain",
     licence="CC-BY-4.0 (secondary sources; the 2022 copy ships GPL-3.0)", redistribution=True,
-    homepage="https://github.com/SJTU-YONGFU-RESEARCH-GRP/SPRSound",
+    homepage="https://github.com/SJTU-YONGFU-RESEARCH-GRP/SPRSound", faults=_SPRSOUND_FAULTS,
     citation="Zhang Q. et al., SPRSound: Open-Source SJTU Paediatric Respiratory Sound Database, IEEE TBioCAS 16(5), 2022, "
              "doi:10.1109/TBCAS.2022.3204910")
 def read_sprsound(scan:Scan):
     "`<patient>_<age>_<0 male|1 female>_<p1..p8>_<number>.wav` with a JSON of the same name"
-    notes, diagnoses = {p.stem: p for p in scan.find(".json")}, _sprsound_diagnoses(scan)
+    notes, diagnoses = scan.annotations(".json", "labels and events"), _sprsound_diagnoses(scan)
+    if not diagnoses: scan.notes.append("no SPRSound_patient_summary.csv was found: the recordings have no diagnosis")
     for path in scan.audio():
         with scan.faults_in(path):
             name = parse_name(path, r"(?P<patient>\d*)_(?P<age>[\d.]+)_(?P<sex>[01])_(?P<site>p\d)_(?P<number>\d+)",
                               "<patient>_<age>_<0|1>_<p1..p8>_<number>")
-            if path.stem not in notes:
-                raise StethoError(f"{path} has no {path.stem}.json: copy the JSON folders beside the wav folders")
-            label, events = _sprsound_note(notes[path.stem])
+            label, events = _sprsound_note(notes.get(path.stem))
             types = {event for event, *_ in events}
             patient = _sprsound_patient(name["patient"], name["age"], name["sex"], path.name)
             listed = diagnoses.get(patient, [])
             is_clear = listed and (name["patient"] or len(listed) == 1)  # unnumbered children may share age and sex
-            folders = scan.relative(notes[path.stem]).lower()
+            folders = scan.relative(notes.get(path.stem, path)).lower()
+            marks = {_NO_RECORD_LABEL: path.stem in notes and label is None, _NO_NUMBER: not name["patient"],
+                     _SITE: to_site("sprsound", name["site"], path.name) is None, _DISAGREE: len(listed) > 1 and name["patient"]}
             release = re.findall(r"20\d\d", scan.relative(path))
             scan.add(path, patient, "lung", ([label] if label else []) + sorted(types), _sprsound_verdict(label, types),
                      site=to_site("sprsound", name["site"], path.name), diagnosis=listed[0] if is_clear else "", events=events,
                      age=name["age"], sex="Female" if name["sex"] == "1" else "Male", device="Yunting model II stethoscope",
                      official=next((side for part, side in _SPRSOUND_SIDES if part in folders), None),
+                     faults=[*missing_annotation(path, notes, ".json"), *((kind, path.name) for kind, so in marks.items() if so)],
                      extra={"record": label, "site_code": name["site"], "number": name["number"],
                             "release": release[0] if release else None, "diagnoses_listed": listed if len(listed) > 1 else None})
 
@@ -96,61 +106,85 @@ def _icbhi_cycle(row):
     if set(marks) - {0, 1}: raise StethoError(f"crackles and wheezes are 0 or 1, not {marks[0]} and {marks[1]}: mend that row")
     return [(label, start, end) for label, mark in zip(("crackle", "wheeze"), marks) if mark] or [("normal", start, end)]
 
-# %% ../../nbs/data/02_lung_sources.ipynb #icbhi-tables
-def _icbhi_diagnoses(scan):
-    "Patient to diagnosis; the csv has a header, the text file has none"
-    rows = (row for path in scan.find("challenge_diagnosis.txt", "patient_diagnosis.csv")
-            for _, row in scan.table(path, ("patient", "diagnosis"), "\t" if path.suffix == ".txt" else ","))
-    return {row["patient"]: row["diagnosis"] for row in rows if row["patient"].isdigit()}
+# %% ../../nbs/data/02_lung_sources.ipynb #icbhi-row
+_ICBHI_TABLES = {"diagnosis": "ICBHI_Challenge_diagnosis.txt or patient_diagnosis.csv, rows such as 101 URTI",
+                 "demographics": "ICBHI_Challenge_demographic_information.txt or demographic_info.txt, rows such as 101 3 F NA 19 99",
+                 "split": "ICBHI_challenge_train_test.txt, rows such as 101_1b1_Al_sc_Meditron test"}
+_ICBHI_PERSON = ("age", "sex", "bmi", "child_kg", "child_cm")
 
-def _icbhi_demographics(scan):
-    "Patient to age, sex, BMI of adults, weight and height of children; None for NA"
-    columns = ("patient", "age", "sex", "bmi", "child_kg", "child_cm")
-    return {row["patient"]: {k: None if v == "NA" else v for k, v in row.items()}
-            for path in scan.find("demographic_information.txt", "demographic_info.txt") for _, row in scan.table(path, columns, None)}
+def _icbhi_row(line):
+    "(table, patient or recording, what the row says of it) of a line, or None for a header and any other line"
+    sep = next((c for c in "\t;," if c in line), None)
+    key, *rest = [cell.strip(' "') for cell in line.split(sep)] or [""]
+    if re.fullmatch(r"\d{3}_\w+(\.wav|\.txt)?", key) and len(rest) == 1 and rest[0].lower() in ("train", "test"):
+        return "split", key.split(".")[0], rest[0].lower()
+    if not re.fullmatch(r"\d{3}", key): return None
+    if len(rest) == 1 and re.fullmatch(r"(?!train$|test$)[a-z ]+", rest[0].lower()): return "diagnosis", key, rest[0]
+    if len(rest) == 5 and rest[1].upper() in ("F", "M", "NA", ""):
+        return "demographics", key, {k: v for k, v in zip(_ICBHI_PERSON, rest) if v.upper() not in ("NA", "NAN", "")}
+    return None
+
+# %% ../../nbs/data/02_lung_sources.ipynb #icbhi-tables
+_ICBHI_NAME = r"(?P<patient>\d{3})_(?P<index>\w+?)_(?P<site>[A-Z][a-z])_(?P<mode>sc|mc)_(?P<device>\w+)"
+
+def _icbhi_tables(scan):
+    "Table to what it says of each patient or recording; a table without rows is noted"
+    tables = {table: {} for table in _ICBHI_TABLES}
+    for path in (*scan.find(".txt"), *scan.find(".csv")):
+        if re.fullmatch(_ICBHI_NAME, path.stem): continue  # breathing cycles
+        for line in path.read_bytes().decode("utf-8", "replace").lstrip("\ufeff").splitlines():
+            if row := _icbhi_row(line): tables[row[0]][row[1]] = row[2]
+    scan.notes += [f"no table of the {table} was found ({_ICBHI_TABLES[table]}): the recordings have none"
+                   for table, rows in tables.items() if not rows]
+    return tables
 
 # %% ../../nbs/data/02_lung_sources.ipynb #icbhi-sides
-def _icbhi_sides(scan):
-    "Recording to its official side, and the patients on both sides"
-    sides = {row["stem"]: row["side"] for path in scan.find("train_test.txt") for _, row in scan.table(path, ("stem", "side"), None)}
+def _without_device(stem): return stem.rsplit("_", 1)[0]
+
+def _icbhi_sides(listed):
+    "Recording without its device to (name in the split, side), and the patients on both sides"
     by_patient = {}
-    for stem, side in sides.items(): by_patient.setdefault(stem[:3], set()).add(side)
-    return sides, {patient for patient, found in by_patient.items() if len(found) > 1}
+    for stem, side in listed.items(): by_patient.setdefault(stem[:3], set()).add(side)
+    return {_without_device(stem): (stem, side) for stem, side in listed.items()}, {p for p, found in by_patient.items() if len(found) > 1}
 
 # %% ../../nbs/data/02_lung_sources.ipynb #02f-010
 _ICBHI_DEVICES = {"AKGC417L": "AKG C417L microphone", "LittC2SE": "3M Littmann Classic II SE", "Litt3200": "3M Littmann 3200",
                   "Meditron": "WelchAllyn Meditron"}
+_BOTH_SIDES, _OTHER_DEVICE = "patient on both sides of the split", "another stethoscope in the split than in the name"
+_ICBHI_FAULTS = (
+    KnownFault(_BOTH_SIDES, "all recordings of the patient are trained on", "patients 156 and 218", "2017"),
+    KnownFault(_OTHER_DEVICE, "the name of the recording counts", "91 names of filename_differences.txt", "2017, mended later"))
 
 @source(
     "icbhi", title="ICBHI 2017 Respiratory Sound Database", recordings=920, hours=5.5, role="in_domain",
     licence="free for research (no licence text)", redistribution=False,
-    homepage="https://bhichallenge.med.auth.gr/ICBHI_2017_Challenge",
+    homepage="https://bhichallenge.med.auth.gr/ICBHI_2017_Challenge", faults=_ICBHI_FAULTS,
     citation="Rocha B.M. et al., An open access database for the evaluation of respiratory sound classification algorithms, "
              "Physiol. Meas. 40 (2019), doi:10.1088/1361-6579/ab03ea")
 def read_icbhi(scan:Scan):
     "`<patient>_<index>_<site>_<sc|mc>_<device>.wav` with a text file of the same name, one row per breathing cycle"
-    cycles = {p.stem: p for p in scan.find(".txt")}
-    diagnoses, (sides, crossing), people = _icbhi_diagnoses(scan), _icbhi_sides(scan), _icbhi_demographics(scan)
+    cycles, tables = scan.annotations(".txt", "its breathing cycles"), _icbhi_tables(scan)
+    sides, crossing = _icbhi_sides(tables["split"])
     for path in scan.audio():
         with scan.faults_in(path):
-            name = parse_name(path, r"(?P<patient>\d{3})_(?P<index>\w+?)_(?P<site>[A-Z][a-z])_(?P<mode>sc|mc)_(?P<device>\w+)",
-                              "<patient>_<index>_<site>_<sc|mc>_<device>")
+            name = parse_name(path, _ICBHI_NAME, "<patient>_<index>_<site>_<sc|mc>_<device>")
             patient, device = name["patient"], name["device"]
             if device not in _ICBHI_DEVICES:
                 raise StethoError(f"{path.name}: device {device!r} is not one of {', '.join(_ICBHI_DEVICES)}")
-            if path.stem not in cycles:
-                raise StethoError(f"{path} has no {path.stem}.txt with its breathing cycles: copy it beside the wav")
-            events = []
-            for i, row in scan.table(cycles[path.stem], ("start", "end", "crackles", "wheezes"), None):
-                with scan.faults_in(cycles[path.stem], i): events += _icbhi_cycle(row)
+            events, note = [], cycles.get(path.stem)
+            for i, row in scan.table(note, ("start", "end", "crackles", "wheezes"), None) if note else ():
+                with scan.faults_in(note, i): events += _icbhi_cycle(row)
             findings = {label for label, *_ in events} - {"normal"}
-            person = people.get(patient, {})
+            person = tables["demographics"].get(patient, {})
+            listed, side = sides.get(_without_device(path.stem), (path.stem, None))
+            marks = {_BOTH_SIDES: (patient in crossing, f"the split has it in {side}"), _OTHER_DEVICE: (listed != path.stem, listed)}
             scan.add(path, patient, "lung", sorted(findings) or ["normal"], _verdict(findings, events), events=events,
-                     site=to_site("icbhi", name["site"], path.name), diagnosis=diagnoses.get(patient, ""),
+                     site=to_site("icbhi", name["site"], path.name), diagnosis=tables["diagnosis"].get(patient, ""),
                      age=person.get("age"), sex=SEX_OF_LETTER.get(person.get("sex")), device=_ICBHI_DEVICES[device],
-                     official="train" if patient in crossing else sides.get(path.stem),
+                     official="train" if patient in crossing else side,
+                     faults=[*missing_annotation(path, cycles, ".txt"), *((kind, detail) for kind, (so, detail) in marks.items() if so)],
                      extra={"index": name["index"], "mode": {"sc": "single channel", "mc": "multichannel"}[name["mode"]],
-                            "listed_in": sides.get(path.stem), **{k: person.get(k) for k in ("bmi", "child_kg", "child_cm")}})
+                            "listed_in": side, **{k: person.get(k) for k in ("bmi", "child_kg", "child_cm")}})
 
 # %% ../../nbs/data/02_lung_sources.ipynb #kauh-sound
 _KAUH_PHASES = {"I": "inspiratory", "E": "expiratory"}
@@ -175,8 +209,11 @@ def _kauh_sound(text, where):
 # %% ../../nbs/data/02_lung_sources.ipynb #02f-013
 _KAUH_FILTERS = {"E": "extended (50-500 Hz)", "D": "diaphragm (100-500 Hz)", "B": "bell (20-200 Hz)"}  # in order of preference
 
-def _kauh_used(files):
-    "Patient to the filter that is used; None: all are doubled"
+_KAUH_FAULTS = (KnownFault(SAME_BYTES, "one of them is used; none, if their labels differ",
+                           "EP76 and EP77, BP100 and BP101, DP100 and DP101", "version 3"),)
+
+def _kauh_breaths(files):
+    "Patient to the filter that stands for the breath; None: all are doubled"
     hashes = {}
     for path in files:
         if m := re.match(r"([BDE])P(\d+)_", path.name): hashes.setdefault(m[2], {})[m[1]] = file_hash(path)
@@ -187,13 +224,13 @@ def _kauh_used(files):
 # %% ../../nbs/data/02_lung_sources.ipynb #read-kauh
 @source(
     "kauh", title="KAUH lung sounds", recordings=336, role="in_domain", licence="CC-BY-4.0", redistribution=True,
-    homepage="https://data.mendeley.com/datasets/jwyy9np4gv/3",
+    homepage="https://data.mendeley.com/datasets/jwyy9np4gv/3", faults=_KAUH_FAULTS,
     citation="Fraiwan M. et al., A dataset of lung sounds recorded from the chest wall using an electronic stethoscope, "
              "Data in Brief 35 (2021) 106913, doi:10.17632/jwyy9np4gv.3")
 def read_kauh(scan:Scan):
     "`<B|D|E>P<n>_<diagnosis>,<sound>,<zone>,<age>,<M|F>.wav`"
     files = scan.audio()
-    used = _kauh_used(files)
+    breaths = _kauh_breaths(files)
     for path in files:
         with scan.faults_in(path):
             name = parse_name(path, r"(?P<code>(?P<filter>[BDE])P(?P<patient>\d+))_(?P<labels>[^,]*(,[^,]*){4})",
@@ -202,12 +239,12 @@ def read_kauh(scan:Scan):
             if sex.upper() not in SEX_OF_LETTER or not age.isdigit():
                 raise StethoError(f"{path.name}: age {age!r} and sex {sex!r} are not a number and M or F")
             labels, phase = _kauh_sound(sound, path.name)
-            best = used[name["patient"]] or name["filter"]
+            best = breaths[name["patient"]] or name["filter"]
             scan.add(path, name["patient"], "lung", labels, "normal" if labels == ["normal"] else "abnormal", name=name["code"],
                      site=kauh_zone(zone, path.name), diagnosis=diagnosis, age=age, sex=SEX_OF_LETTER[sex.upper()],
                      device="3M Littmann 3200",
-                     left_out=None if name["filter"] == best else f"another filter of the breath in {best}P{name['patient']}",
-                     extra={"sound": sound, "phase": phase, "zone": zone, "filter": _KAUH_FILTERS[name["filter"]]})
+                     extra={"sound": sound, "phase": phase, "zone": zone, "filter": _KAUH_FILTERS[name["filter"]],
+                            "same_breath_as": None if name["filter"] == best else f"kauh_{best}P{name['patient']}"})
 
 # %% ../../nbs/data/02_lung_sources.ipynb #clock
 def _clock(text):
@@ -226,15 +263,14 @@ def _clock(text):
              "doi:10.1371/journal.pone.0254134")
 def read_hf_lung(scan:Scan):
     "`steth_<date>_<time>.wav` and `trunc_<date and time>-<site>_<n>.wav` in `train` and `test`, each with `<name>_label.txt`"
-    notes = {p.name.removesuffix("_label.txt"): p for p in scan.find("_label.txt")}
+    notes = scan.annotations("_label.txt", "breath phases and sounds")
     for path in scan.audio():
         with scan.faults_in(path):
             name = parse_name(path, r"steth_(\d{4})(\d\d)(\d\d)_[\d_]+|trunc_(\d{4})-(\d\d)-(\d\d)-[\d-]+?-(?P<site>Tc|L\d)_[\d_]+",
                               "steth_<date>_<time>", "trunc_<date and time>-<site>_<n>")
-            if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}_label.txt: copy it beside the wav")
-            events = []
-            for i, row in scan.table(notes[path.stem], ("label", "start", "end"), None):
-                with scan.faults_in(notes[path.stem], i): events.append((row["label"], _clock(row["start"]), _clock(row["end"])))
+            events, note = [], notes.get(path.stem)
+            for i, row in scan.table(note, ("label", "start", "end"), None) if note else ():
+                with scan.faults_in(note, i): events.append((row["label"], _clock(row["start"]), _clock(row["end"])))
             findings = {label for label, *_ in events} - {"I", "E"}
             labels = ["crackle" if label == "D" else label for label in sorted(findings)]
             day = "-".join(g for g in name.groups()[:6] if g)
@@ -242,7 +278,8 @@ def read_hf_lung(scan:Scan):
             scan.add(path, None, "lung", labels or ["normal"], _verdict(findings, events), events=events,
                      site=to_site("hf_lung", name["site"], path.name) if name["site"] else None,
                      device="HF-Type-1" if name["site"] else "3M Littmann 3200",
-                     official=part, patient_id=f"hf_lung_{part or 'any'}_{day}", extra={"site_code": name["site"]})
+                     official=part, patient_id=f"hf_lung_{part or 'any'}_{day}", faults=missing_annotation(path, notes, "_label.txt"),
+                     extra={"site_code": name["site"]})
 
 # %% ../../nbs/data/02_lung_sources.ipynb #sheet
 def _sheet(path):
@@ -293,18 +330,22 @@ def _textgrid(path):
 
 # %% ../../nbs/data/02_lung_sources.ipynb #02f-022
 _FLUSENSE_FINDINGS = {"cough", "sneeze", "sniffle", "throat-clearing", "wheeze"}
+_NOT_LISTED = "label that the publisher does not list"
+_FLUSENSE_FAULTS = (KnownFault(_NOT_LISTED, "the event is another sound", "a few TextGrids", "first"),)
 
 @source(
     "flusense", title="FluSense", role="ood", licence="none stated (audio of AudioSet; annotations by the authors)",
-    redistribution=False, homepage="https://github.com/Forsad/FluSense-data",
+    redistribution=False, homepage="https://github.com/Forsad/FluSense-data", faults=_FLUSENSE_FAULTS,
     citation="Al Hossain F. et al., FluSense: a contactless syndromic surveillance platform for influenza-like illness in hospital "
              "waiting areas, Proc. ACM IMWUT 4(1), 2020, doi:10.1145/3381014")
 def read_flusense(scan:Scan):
     "A wav with a Praat TextGrid of the same name"
-    notes = {p.stem: p for p in scan.find(".textgrid")}
+    notes = scan.annotations(".textgrid", "sounds")
     for path in scan.audio():
         with scan.faults_in(path):
-            if path.stem not in notes: raise StethoError(f"{path} has no {path.stem}.TextGrid: copy the annotations beside the audio")
-            events = [(label.lower(), start, end) for label, start, end in _textgrid(notes[path.stem]) if label]
+            marked = _textgrid(notes[path.stem]) if path.stem in notes else []
+            rare = sorted({label for label, *_ in marked if label.lower() not in SPELLINGS | EVENTS} - {""})
+            events = [("etc" if label in rare else label.lower(), start, end) for label, start, end in marked if label]
             findings = {label for label, *_ in events} & _FLUSENSE_FINDINGS
-            scan.add(path, None, "lung", sorted(findings), "abnormal" if findings else None, events=events, device="microphone")
+            scan.add(path, None, "lung", sorted(findings), "abnormal" if findings else None, events=events, device="microphone",
+                     faults=[*missing_annotation(path, notes, ".TextGrid"), *((_NOT_LISTED, label) for label in rare)])
