@@ -7,6 +7,7 @@ __all__ = ['answers', 'overrides_of', 'disable_progress_bars', 'synthesize', 'ev
 
 # %% ../../nbs/cli/01_answer_commands.ipynb #imports
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -29,6 +30,8 @@ def overrides_of(
         key, equals, value = c.partition("=")
         if not equals: raise StethoError(f"--set wants key=value, not {c!r}")
         out[key.strip()] = value.strip()
+    for key in {"language_model", "alignment_checkpoint"} & set(out):  # a stage has another working folder
+        if os.path.exists(out[key]): out[key] = os.path.abspath(out[key])
     return out
 
 def disable_progress_bars():

@@ -56,6 +56,7 @@ def main():
 
 def _use_utf8():
     "The same command again in Python's UTF-8 mode, unless that is on or the locale's encoding is UTF-8"
+    os.environ["PYTHONUTF8"] = "1"  # of kernels too
     if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8": return
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 

@@ -224,9 +224,10 @@ def _cells(path, lines, sep):
 
 def _separator(lines, sep, required):
     "`sep`, or the semicolon or tab that separates the required columns in the first row instead"
+    if not required: return sep
     first = next((line for line in lines if line.strip()), "")
     def names(by): return {c.strip().strip('"') for c in first.split(by)}
-    return next((by for by in (sep, ";", "\t") if by and set(required) <= names(by)), sep)
+    return next((by for by in (sep, ";", "\t") if set(required) <= names(by)), sep)
 
 # %% ../../nbs/data/01_recordings.ipynb #02e-010
 AUDIO = {".wav", ".flac", ".mp3", ".ogg"}

@@ -97,14 +97,17 @@ def described(
     name:str,  # Hugging Face name or a folder
 ) -> tuple:    # (config, tokenizer)
     "A pre-trained text model without its weights. Raises `StethoError` if it is not on this machine, or of another kind."
-    if adapter := find_adapter_config_file(name, **_local()):
+    try: adapter = None if Path(name).is_absolute() and not Path(name).is_dir() else find_adapter_config_file(name, **_local())
+    except OSError as e: raise _unusable(name, str(e).splitlines()[0]) from None
+    if adapter:
         base = read_json(adapter).get("base_model_name_or_path")
-        raise StethoError(f"{name} is a LoRA adapter of {base}: merge the two (merge_and_unload of peft), and give the merged folder")
+        raise StethoError(f"{name} is a LoRA adapter of {base}: merge the two (merge_and_unload of peft), and give the merged folder", 1)
+    if (Path(name).is_dir() or Path(name).is_absolute()) and not (Path(name)/"config.json").is_file():
+        raise StethoError(f"no model at {name}: give a folder with its config.json, weights and tokenizer", 1)
     try: config = AutoConfig.from_pretrained(name, **_local())
     except OSError as e:
-        where = f"copy a model with its config.json into {name}" if Path(name).is_dir() else (
-            f"accept its terms at https://huggingface.co/{name}, run `hf auth login`, then run again with HF_HUB_OFFLINE=0")
-        raise StethoError(f"the weights of {name} are not on this machine ({str(e).splitlines()[0]}): {where}", 1) from None
+        raise StethoError(f"the weights of {name} are not on this machine ({str(e).splitlines()[0]}): accept its terms at "
+                          f"https://huggingface.co/{name}, run `hf auth login`, then run again with HF_HUB_OFFLINE=0", 1) from None
     except ValueError as e: raise _unusable(name, str(e).splitlines()[0]) from None
     kinds = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     if type(config) not in kinds._model_mapping: raise _unusable(name, f"{config.model_type} is no causal language model")
