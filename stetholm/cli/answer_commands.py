@@ -184,7 +184,8 @@ def score(
     print(handled)
     if endpoint:
         from stetholm.core.chat import Chat, Endpoint
-        graded = judge_twice(answers, Chat(Endpoint(endpoint, model, temperature=0., max_tokens=max_tokens), cache_folder()/"replies.sqlite"))
+        judge = Endpoint(endpoint, model, temperature=0., max_tokens=max_tokens)
+        graded = judge_twice(answers, Chat(judge, cache_folder()/"replies.sqlite"))
         print(agreement(graded).round(3).to_string(index=False))
 
 def _print_scores(scores):

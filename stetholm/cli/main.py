@@ -146,7 +146,8 @@ def _run_stage(run, s, kernel, overrides, left):
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
     source, kept = _notebook(s), run/f"notebooks/{s.stem}.ipynb"
-    parameters = dict(profile=run.profile.name, run=run.name, recordings=str(run.recordings) if run.recordings else None, overrides=overrides)
+    recordings = str(run.recordings) if run.recordings else None
+    parameters = dict(profile=run.profile.name, run=run.name, recordings=recordings, overrides=overrides)
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: raise StethoError(f"{source} has no parameter {', '.join(sorted(unknown))}: its parameters cell was changed")
     papermill_engines.register("announced", _announced(s, left))
@@ -272,7 +273,8 @@ def publish(
 def ask(
     words: Annotated[List[str], typer.Argument(
         metavar='CLIP... "QUESTION"', help="one or two audio files of any rate and length, then the question")],
-    model: Annotated[Optional[str], typer.Option(help="model folder; default the newest trained one of the largest profile in runs/")] = None,
+    model: Annotated[Optional[str], typer.Option(
+        help="model folder; default the newest of the largest profile in runs/; a random one of smoke only where named")] = None,
 ):
     "Ask a trained model about one or two recordings"
     *clips, question = words

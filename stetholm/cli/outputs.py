@@ -120,7 +120,8 @@ def keep_study(
     "Put the outputs of a run into the notebooks of the study. Raises `StethoError` if one is missing, too old, too large or holds a path."
     run, root = Path(run).resolve(), Path(root).resolve()
     note, made = run_note(run), {}
-    if not (run/"metrics.json").is_file(): raise StethoError(f"run {run.name!r} is not evaluated: stetholm reproduce --run {shlex.quote(run.name)}", 1)
+    if not (run/"metrics.json").is_file():
+        raise StethoError(f"run {run.name!r} is not evaluated: stetholm reproduce --run {shlex.quote(run.name)}", 1)
     for s in STAGES.values():
         executed = run/f"notebooks/{s.stem}.ipynb"
         if not executed.is_file(): raise StethoError(f"run {run.name!r} has no executed notebook of stage {s.name}", 1)

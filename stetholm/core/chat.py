@@ -169,7 +169,7 @@ def _post(client, endpoint, messages, sample):
     except openai.APIConnectionError as error:
         why = _quote(f"ConnectionError: {error.__cause__}")
         if isinstance(error.__cause__, httpx.ProxyError):
-            raise StethoError(f"{e.url} cannot be reached through the proxy ({why}): check HTTPS_PROXY, HTTP_PROXY and NO_PROXY", 1) from None
+            raise StethoError(f"the proxy does not lead to {e.url} ({why}): check HTTPS_PROXY, HTTP_PROXY and NO_PROXY", 1) from None
         if "CERTIFICATE_VERIFY_FAILED" in why:
             raise StethoError(f"the certificate of {e.url} cannot be verified ({why}): set SSL_CERT_FILE to one that signs it", 1) from None
         raise _Retry(why) from None
@@ -219,7 +219,7 @@ class Chat:
 
     @property
     def usage(self) -> dict:
-        "Requests, tokens, seconds and cost so far; `cached` replies cost nothing, `cut` ones ended at `max_tokens`, `unmetered` ones had no count"
+        "Requests, tokens, seconds and cost so far; `cached` replies cost nothing, `cut` ones reached the limit, `unmetered` have no count"
         names = ("requests", "retries", "cached", "cut", "prompt_tokens", "completion_tokens", "unmetered",
                  "cached_prompt_tokens", "cached_completion_tokens", "seconds")
         cost = (self._count["prompt_tokens"]*self.endpoint.price_in + self._count["completion_tokens"]*self.endpoint.price_out)/1e6
@@ -276,7 +276,7 @@ class Chat:
             raise
         self._add(prompt_tokens=used[0], completion_tokens=used[1], unmetered=int(not any(used)), cut=int(cut), whole=int(not cut))
         if self._count["cut"] >= self._first and not self._count["whole"]:
-            raise StethoError(f"{self.endpoint.model} was cut at {self.endpoint.max_tokens} tokens in all of its first {self._first} replies: "
-                              "allow more, thousands for a model that thinks aloud, with --max-tokens, or in a run with "
-                              "--set instructions_max_tokens=… or preferences_judge_tokens=…", 1)
+            what = f"{self.endpoint.model} was cut at {self.endpoint.max_tokens} tokens in all of its first {self._first} replies"
+            raise StethoError(f"{what}: allow more, thousands for a model that thinks aloud, with --max-tokens, "
+                              "or in a run with --set instructions_max_tokens=… or preferences_judge_tokens=…", 1)
         return (text, *used)

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import resource
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,15 +76,17 @@ def kernel_manager():
     return KernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
 
 # %% ../../nbs/core/02_compute.ipynb #home
-_WRITE_AT_HOME = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "jupyter"}
+_WRITE_AT_HOME = {"MPLCONFIGDIR": "matplotlib", "IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "jupyter"}
 
 def home_variables() -> dict:
     "The environment variables that spare a home folder which cannot be written; empty where it can"
     home = os.path.expanduser("~")
     if os.access(home, os.W_OK): return {}
     own = Path(os.environ.get("STETHOLM_CACHE") or Path(tempfile.gettempdir())/f"stetholm-{os.getuid()}")
-    there_is_none = {} if os.path.isabs(home) else {"HOME": str(own)}
-    return {variable: str(own/name) for variable, name in _WRITE_AT_HOME.items()} | there_is_none
+    variables = dict(_WRITE_AT_HOME)
+    if not os.access(sysconfig.get_path("purelib"), os.W_OK): variables["NUMBA_CACHE_DIR"] = "numba"
+    if not os.path.isabs(home): variables["HOME"] = "home"
+    return {variable: str(own/name) for variable, name in variables.items()}
 
 # %% ../../nbs/core/02_compute.ipynb #00a_PEAK
 def peak_memory() -> float:

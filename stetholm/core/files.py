@@ -49,7 +49,8 @@ def read_json(
 ) -> dict:
     "The JSON in `path`. Raises `StethoError` naming the file if it is broken."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise StethoError(f"{path} is not valid JSON ({e}): delete it and run again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise StethoError(f"{path} is not valid JSON ({e}): delete it and run again") from None
 
 # %% ../../nbs/core/01_files.ipynb #00-023
 def file_hash(

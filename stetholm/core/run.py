@@ -145,7 +145,8 @@ def hardware() -> str:
     "Processor, cores and memory, in words"
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists(): model = next((l.split(":", 1)[1].strip() for l in info.read_text(encoding="utf-8").splitlines() if l.startswith("model name")), model)
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), model)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
 

@@ -121,9 +121,10 @@ def _failure(url, error, part, attempts):
     "The error of a download in one line: what it is, and what helps"
     why = " ".join(str(error).split())[-200:]
     if isinstance(error, requests.exceptions.SSLError):
-        return StethoError(f"no secure connection to {url} ({why}): if a proxy reads the traffic, set REQUESTS_CA_BUNDLE to its certificate; "
-                           "else check this machine's clock and certificates", 1)
-    if isinstance(error, requests.exceptions.ProxyError): return StethoError(f"{url} cannot be reached through the proxy ({why}): {_PROXY}", 1)
+        return StethoError(f"no secure connection to {url} ({why}): if a proxy reads the traffic, set REQUESTS_CA_BUNDLE to its "
+                           "certificate; else check this machine's clock and certificates", 1)
+    if isinstance(error, requests.exceptions.ProxyError):
+        return StethoError(f"{url} cannot be reached through the proxy ({why}): {_PROXY}", 1)
     if not _may_pass(error):
         status = error.response.status_code if isinstance(error, requests.HTTPError) else None
         if status: why = f"{status} {error.response.reason}"

@@ -77,7 +77,7 @@ class StethoLMProcessor(ProcessorMixin):
         per_window:bool=False):                           # whether `prefix_tokens` counts per window, as the projector has it
         self.prefix_tokens, self.per_window = prefix_tokens, per_window
         if not (chat_template or tokenizer.chat_template):
-            raise StethoError("this tokenizer has no chat template: choose a model that was tuned on chats, mostly named …-Instruct or …-it")
+            raise StethoError("this tokenizer has no chat template: choose a model that was tuned on chats, often named …-Instruct or …-it")
         tokenizer.padding_side = "left"
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.end_of_turn = self._end_of_turn()

@@ -52,8 +52,8 @@ class Answers:
     ):
         self.folder, self.file = Path(folder), Path(folder)/f"{process}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.file.exists() and not (text := self.file.read_text(encoding="utf-8")).endswith("\n"):  # the process was killed within a line
-            with write_whole(self.file) as tmp: tmp.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
+        if self.file.exists() and not (text := self.file.read_bytes()).endswith(b"\n"):  # the process was killed within a line
+            with write_whole(self.file) as tmp: tmp.write_bytes(text[:text.rfind(b"\n") + 1])
 
     def rows(self,
         name:str,  # of a system

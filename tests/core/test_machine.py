@@ -21,12 +21,13 @@ def without_encoding(tree):
         given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
         name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
         is_text = name in ("read_text", "write_text") or given.get("text") is True
-        is_text |= isinstance(node.func, ast.Name) and name == "open" and not any("b" in str(getattr(a, "value", "")) for a in node.args[1:])
+        mode = [c.value for a in node.args[1:] for c in ast.walk(a) if isinstance(c, ast.Constant)]
+        is_text |= isinstance(node.func, ast.Name) and name == "open" and not any("b" in str(m) for m in mode)
         if is_text and "encoding" not in given: yield node.lineno
 
 
 def test_the_check_of_encodings_finds_what_it_looks_for():
-    found = without_encoding(ast.parse('open(p)\nopen(p, "w")\nopen(p, "rb")\nopen(p, encoding="utf-8")\np.read_text()\np.write_text("b")\nsubprocess.run(w, text=True)\nImage.open(p)'))
+    found = without_encoding(ast.parse('open(p)\nopen(p, "w")\nopen(p, "ab" if a else "wb")\nopen(p, encoding="utf-8")\np.read_text()\np.write_text("b")\nsubprocess.run(w, text=True)\nImage.open(p)'))
     assert sorted(found) == [1, 2, 5, 6, 7]
 
 
@@ -40,9 +41,12 @@ def test_a_home_that_cannot_be_written_is_spared(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("HOME", "/dev/null/nobody")
     spared = home_variables()
-    assert {"NUMBA_CACHE_DIR", "MPLCONFIGDIR", "IPYTHONDIR"} <= set(spared) and all(v.startswith(f"{tmp_path}/stetholm-") for v in spared.values()) and "HOME" not in spared
+    assert {"MPLCONFIGDIR", "IPYTHONDIR"} <= set(spared) and all(v.startswith(f"{tmp_path}/stetholm-") for v in spared.values()) and "HOME" not in spared
     monkeypatch.setattr(os.path, "expanduser", lambda p: p)  # as for a user who has no home
     assert home_variables()["HOME"].startswith(str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # nor can the installation be written
+    monkeypatch.setenv("STETHOLM_CACHE", "/scratch/me")
+    assert home_variables()["NUMBA_CACHE_DIR"] == "/scratch/me/numba"
 
 
 def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch):
