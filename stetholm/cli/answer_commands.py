@@ -14,7 +14,7 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from ..core.config import StethoError
+from ..core.config import PROFILES, StethoError
 from ..core.files import cache_folder, write_whole
 from ..core.run import open_existing
 
@@ -30,8 +30,9 @@ def overrides_of(
         key, equals, value = c.partition("=")
         if not equals: raise StethoError(f"--set wants key=value, not {c!r}")
         out[key.strip()] = value.strip()
-    for key in {"language_model", "alignment_checkpoint"} & set(out):  # a stage has another working folder
-        if os.path.exists(out[key]): out[key] = os.path.abspath(out[key])
+    named = {p.language_model for p in PROFILES.values()}
+    for key in ("language_model", "alignment_checkpoint"):  # a stage has another working folder
+        if key in out and out[key] not in named and os.path.exists(out[key]): out[key] = os.path.abspath(out[key])
     return out
 
 def disable_progress_bars():

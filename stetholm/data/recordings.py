@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -269,10 +270,12 @@ class Scan:
     def file(self,
         name:str,  # of a file below the folder, as a table spells it
     ) -> Path:
-        "The file of that name, in either form of its accents. Raises `StethoError` if the name leads out of the folder."
+        "The file of that name, in either form of its accents. Raises `StethoError` if there is none, or the name leads out of the folder."
         path = self.folder/name
         if ".." in Path(name).parts or not path.is_relative_to(self.folder): raise StethoError(f"file {name!r} lies outside the folder")
-        return path if path.exists() else self._composed.get(unicodedata.normalize("NFC", Path(name).as_posix()), path)
+        found = path if os.path.exists(path) else self._composed.get(unicodedata.normalize("NFC", Path(name).as_posix()))
+        if found is None: raise StethoError(f"no audio file at {path}: copy it there, or mend its name")
+        return found
 
     @functools.cached_property
     def _composed(self): return {unicodedata.normalize("NFC", self.relative(p)): p for p in self._files}

@@ -245,6 +245,7 @@ def test_stereo_rates_and_depths_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("table, spec, match", [
     ("path,labels,domain\nno.wav,normal,lung\n", {}, r"t.csv row 2: no audio file at .*no.wav"), ("path,labels\na.wav,normal\n", {}, "row 2: domain None"), ("path,domain\na.wav,lung\n", {}, "no column labels"),
+    (f"path,labels,domain\n{'long '*60}.wav,normal,lung\n", {}, "row 2: no audio file at"),
     ("path,labels,domain\n../a.wav,normal,lung\n", {}, "outside the folder"), ("path,labels,domain\na.wav,odd,lung\n", {}, "row 2.*label 'odd'"), ("path,labels,domain,site\na.wav,normal,lung,knee\n", {}, "row 2.*site 'knee'"),
     ("path,labels,domain\na.wav,normal,lung\n", {"colums": {}}, "spec has 'colums'"), ("path,labels,domain\na.wav,normal,lung\n", {"columns": {"lables": "x"}}, "maps 'lables'"), ("path,labels,domain,sex\na.wav,normal,lung,x\n", {}, "sex 'x'"),
     ("path,labels,domain\na.wav,normal,lung\na.wav,normal,lung\n", {}, "listed twice")])
