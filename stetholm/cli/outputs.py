@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
 from nbformat.v4 import new_code_cell
 
+from ..core.compute import kernel_manager
 from ..core.config import STAGES, StethoError
 from ..core.files import read_json
 from ..core.run import run_note, runs_folder
@@ -123,7 +125,8 @@ def keep_study(
     "Put the outputs of a run into the notebooks of the study. Raises `StethoError` if one is missing, too old, too large or holds a path."
     run, root = Path(run).resolve(), Path(root).resolve()
     note, made = run_note(run), {}
-    if not (run/"metrics.json").is_file(): raise StethoError(f"run {run.name!r} is not evaluated: stetholm reproduce --run {run.name}", 1)
+    if not (run/"metrics.json").is_file():
+        raise StethoError(f"run {run.name!r} is not evaluated: stetholm reproduce --run {shlex.quote(run.name)}", 1)
     for s in STAGES.values():
         executed = run/f"notebooks/{s.stem}.ipynb"
         if not executed.is_file(): raise StethoError(f"run {run.name!r} has no executed notebook of stage {s.name}", 1)
@@ -157,11 +160,13 @@ def keep_outputs(
         if at is None: raise StethoError(f"{path}: no cell is tagged 'parameters': tag the one with recordings")
         values = "\n".join(f"{k} = {v!r}" for k, v in given.items())
         nb.cells.insert(at + 1, new_code_cell(values, metadata={"tags": ["injected-parameters"]}))
-    client = NotebookClient(nb, timeout=None, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=50"],
+    kernel = kernel_manager()
+    client = NotebookClient(nb, kernel, timeout=None, extra_arguments=["--IPKernelApp.log_level=50"],
                             resources={"metadata": {"path": str(path.parent)}})
     try: client.execute(env=os.environ | QUIET)
     except CellExecutionError as e:
         raise StethoError(f"{path}: {e.ename}: {(e.evalue.strip() or 'no message').splitlines()[0]}", 1) from None
+    finally: kernel.shutdown_kernel(now=True)
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     check_paths(tidy(nb), path.name, [root, Path.home(), *([Path(recordings).resolve(), recordings] if recordings else [])])
     _save(nb, path)

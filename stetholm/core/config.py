@@ -41,6 +41,7 @@ class Profile:
     instructions_per_task:int = 1     # rounds of questions a recording
     instructions_endpoint:str = ""    # OpenAI-compatible address of a model that rewrites the pairs; empty: the grammar's own words
     instructions_model:str = ""       # its name there
+    instructions_max_tokens:int = 400 # its longest reply; a model that thinks aloud needs thousands
     # encoder and projector
     alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
     alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
@@ -83,6 +84,7 @@ class Profile:
     preferences_judge:float = 0.      # weight of a language model's grade
     preferences_endpoint:str = ""     # OpenAI-compatible address of that model
     preferences_model:str = ""        # its name there
+    preferences_judge_tokens:int = 400  # its longest reply
     preferences_margin:float = 0.001  # smallest difference between the weighted means, 0 to 1, of chosen and rejected
     preferences_reference:bool = False  # the reference answer is the chosen one
     # multimodal DPO

@@ -350,7 +350,7 @@ def write_card_files(
     numbers = {f"{card_stem}.json": card, f"{metadata_stem}.json": metadata}
     for name, value in numbers.items(): write_json(Path(folder)/name, value)
     for name, text in texts.items():
-        with write_whole(Path(folder)/name) as tmp: tmp.write_text(text)
+        with write_whole(Path(folder)/name) as tmp: tmp.write_text(text, encoding="utf-8")
     return [f"{card_stem}.json", *texts, f"{metadata_stem}.json"]
 
 # %% ../../nbs/data/08_card.ipynb #03b-010

@@ -70,6 +70,11 @@ BLOCK_BYTES = 1 << 16  # read at a time; an unfinished block is requested again
 MAX_WAIT_S = 30        # between two attempts
 TIMEOUT_S = (15, 60)   # to connect, and without any data
 
+def _may_pass(error):
+    "Whether another attempt may succeed"
+    cut = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, cut) and not isinstance(error, (requests.exceptions.SSLError, requests.exceptions.ProxyError))
+
 class ResumingDownloader:
     "A downloader for pooch that keeps what was received in a `.part` file and requests the rest"
     def __init__(self,
@@ -80,10 +85,9 @@ class ResumingDownloader:
 
     def __call__(self, url, output_file, pooch, check_only=False):
         "Called by pooch: the whole of `url` in `output_file`"
-        cut = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.attempts), wait=tenacity.wait_exponential(self.wait_s, max=MAX_WAIT_S),
-            retry=tenacity.retry_if_exception_type(cut), reraise=True)
+            retry=tenacity.retry_if_exception(_may_pass), reraise=True)
         for attempt in attempts:
             with attempt: self._resume(url)
         os.replace(self.part, output_file)
@@ -102,11 +106,35 @@ class ResumingDownloader:
             bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=self.part.name.removesuffix(".part"),
                        disable=not sys.stderr.isatty())
             with open(self.part, "ab" if start else "wb") as f, bar:
-                for block in r.iter_content(BLOCK_BYTES):
-                    f.write(block)
-                    bar.update(len(block))
+                try:
+                    for block in r.iter_content(BLOCK_BYTES):
+                        f.write(block)
+                        bar.update(len(block))
+                except requests.exceptions.SSLError as e: raise requests.ConnectionError(f"cut: {e}") from None  # its certificate was good
         size = self.part.stat().st_size
         if total is not None and size < total: raise requests.ConnectionError(f"cut after {size} of {total} bytes")
+
+# %% ../../nbs/data/05_fetch.ipynb #failure
+_PROXY = "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
+
+def _failure(url, error, part, attempts):
+    "The error of a download in one line: what it is, and what helps"
+    why = " ".join(str(error).split())[-200:]
+    if isinstance(error, requests.exceptions.SSLError):
+        return StethoError(f"no secure connection to {url} ({why}): if a proxy reads the traffic, set REQUESTS_CA_BUNDLE to its "
+                           "certificate; else check this machine's clock and certificates", 1)
+    if isinstance(error, requests.exceptions.ProxyError):
+        return StethoError(f"{url} cannot be reached through the proxy ({why}): {_PROXY}", 1)
+    if not _may_pass(error):
+        status = error.response.status_code if isinstance(error, requests.HTTPError) else None
+        if status: why = f"{status} {error.response.reason}"
+        by_proxy = status == 407 or isinstance(error, requests.exceptions.InvalidProxyURL)
+        remedy = _PROXY if by_proxy else "see the dataset's page, its address may have changed"
+        return StethoError(f"{url} cannot be downloaded ({why}): {remedy}", 1)
+    if part.exists():
+        return StethoError(f"{url} was cut off after {attempts} tries ({type(error).__name__}); {part.stat().st_size} bytes are kept in "
+                           f"{part.name}: run the same command again to resume", 1)
+    return StethoError(f"{url} could not be reached in {attempts} tries ({type(error).__name__}: {why}): check the network", 1)
 
 # %% ../../nbs/data/05_fetch.ipynb #download
 def download(
@@ -122,13 +150,7 @@ def download(
     pooch.get_logger().setLevel("WARNING")
     downloader = ResumingDownloader(part, attempts, wait_s)
     try: return Path(pooch.retrieve(file.url, expected, file.name, folder, downloader=downloader))
-    except requests.HTTPError as e:
-        raise StethoError(f"{file.url} cannot be downloaded ({e.response.status_code} {e.response.reason}): "
-                          "see the dataset's page, its address may have changed", 1) from None
-    except requests.RequestException as e:
-        kept = f"; {part.stat().st_size} bytes are kept in {part.name}" if part.exists() else ""
-        raise StethoError(f"{file.url} was cut off after {attempts} tries ({type(e).__name__}){kept}: "
-                          "run the same command again to resume", 1) from None
+    except requests.RequestException as e: raise _failure(file.url, e, part, attempts) from None
     except ValueError:
         raise StethoError(f"{file.url} is not the file that was expected (hash {expected}): "
                           "it was changed or damaged on the way, and is not kept", 1) from None

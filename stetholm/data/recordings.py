@@ -11,10 +11,14 @@ __all__ = ['RECORDINGS', 'NO_LENGTH', 'PAST_END', 'CUT', 'TWICE', 'NO_ANNOTATION
 # %% ../../nbs/data/01_recordings.ipynb #imports
 import contextlib
 import csv
+import functools
 import hashlib
+import io
 import json
+import os
 import re
 from collections import Counter
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -25,7 +29,7 @@ import pandera.pandas as pa
 import soundfile
 
 from ..core.config import StethoError
-from ..core.files import file_hash, is_truncated_wav, write_whole
+from ..core.files import file_hash, files_below, is_truncated_wav, write_whole
 from .vocabulary import EVENTS, FINDINGS, to_diagnosis, to_events, to_terms
 
 # %% ../../nbs/data/01_recordings.ipynb #02e-005
@@ -235,26 +239,40 @@ def parse_name(
 
 # %% ../../nbs/data/01_recordings.ipynb #tables
 def _lines(path, legacy):
-    "Lines of UTF-8 text; with `legacy` of Windows-1252 where it is not UTF-8"
-    raw = path.read_bytes()
-    try: return raw.decode("utf-8-sig").splitlines()
+    "Lines of UTF-8 text, composed (NFC); with `legacy` of Windows-1252 where it is not UTF-8"
+    try: raw = path.read_bytes()
+    except FileNotFoundError: raise StethoError(f"{path} is a link to a file that is not here: get that file") from None
+    try: text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        if legacy: return raw.decode("cp1252", "replace").splitlines()
-        raise StethoError(f"{path} is not UTF-8 text (byte {e.start}): save it again as UTF-8") from None
+        if not legacy: raise StethoError(f"{path} is not UTF-8 text (byte {e.start}): save it again as UTF-8") from None
+        text = raw.decode("cp1252", "replace")
+    return list(io.StringIO(unicodedata.normalize("NFC", text), newline=""))
 
-def _cells(lines, sep):
-    "(row number from 1, cells) of every line that is not empty; `sep` None: any blanks"
-    for i, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        cells = line.split() if sep is None else next(csv.reader([line], delimiter=sep))
-        yield i, [c.strip() for c in cells]
+def _cells(path, lines, sep):
+    "(row number from 1 as a spreadsheet counts, cells) of every row that is not empty; `sep` None: any blanks"
+    rows = map(str.split, lines) if sep is None else csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True)
+    i = 0
+    while True:
+        i += 1
+        try: cells = [c.strip() for c in next(rows)]
+        except StopIteration: return
+        except csv.Error as e:
+            raise StethoError(f"{path} row {i} is no valid csv ({e}): mend that row; a quote may be open") from None
+        if any(cells): yield i, cells
+
+def _separator(lines, sep, required):
+    "`sep`, or the semicolon or tab that separates the required columns in the first row instead"
+    if not required: return sep
+    first = next((line for line in lines if line.strip()), "")
+    def names(by): return {c.strip().strip('"') for c in first.split(by)}
+    return next((by for by in (sep, ";", "\t") if set(required) <= names(by)), sep)
 
 # %% ../../nbs/data/01_recordings.ipynb #02e-010
 AUDIO = {".wav", ".flac", ".mp3", ".ogg"}
 
 def _files(folder):
     def hidden(path): return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not hidden(p))
+    return [p for p in files_below(folder, hidden=False) if not hidden(p) and not p.is_dir()]
 
 def _plain(name): return re.sub(r"[\s_-]", "", name).lower()
 
@@ -315,6 +333,19 @@ class Scan:
         if required: raise StethoError(f"{self.folder} has no {' or '.join(names)}: {self.source.title} has one; copy it there")
         return []
 
+    def file(self,
+        name:str,  # of a file below the folder, as a table spells it
+    ) -> Path:
+        "The file of that name, in either form of its accents. Raises `StethoError` if there is none, or the name leads out of the folder."
+        path = self.folder/name
+        if ".." in Path(name).parts or not path.is_relative_to(self.folder): raise StethoError(f"file {name!r} lies outside the folder")
+        found = path if os.path.exists(path) else self._composed.get(unicodedata.normalize("NFC", Path(name).as_posix()))
+        if found is None: raise StethoError(f"no audio file at {path}: copy it there, or mend its name")
+        return found
+
+    @functools.cached_property
+    def _composed(self): return {unicodedata.normalize("NFC", self.relative(p)): p for p in self._files}
+
     @contextlib.contextmanager
     def faults_in(self,
         path:Path,      # file that is being read
@@ -330,10 +361,11 @@ class Scan:
         path:Path,           # delimited text, UTF-8, LF or CRLF
         columns=None,        # their names; None: the first row has them
         sep:str=",",         # between columns; None: any blanks
-        required:tuple=(),   # columns that must exist
+        required:tuple=(),   # columns that must exist; where `sep` does not separate them, a semicolon or a tab may
         legacy:bool=False):  # written by an old spreadsheet: Windows-1252 if not UTF-8, last cells may be missing if empty
         "Yield (row number from 1, {column: text}) of every row that is not empty. Raises `StethoError` on a row of another length."
-        rows = _cells(_lines(path, legacy), sep)
+        lines = _lines(path, legacy)
+        rows = _cells(path, lines, _separator(lines, sep, required))
         if columns is None:
             columns = next(rows, (0, []))[1]
             if missing := [c for c in required if c not in columns]:

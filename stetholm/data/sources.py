@@ -40,13 +40,6 @@ def _pack_findings(row):
     try: return json.loads(row.get("findings") or "{}")
     except ValueError as e: raise StethoError(f"findings are not valid JSON ({e}): mend that row") from None
 
-# %% ../../nbs/data/04_sources.ipynb #inside
-def _inside(folder, name):
-    "The file of that name below `folder`. Raises `StethoError` if the name leads out of it."
-    path = folder/name
-    if not path.resolve().is_relative_to(folder): raise StethoError(f"file {name!r} lies outside the folder")
-    return path
-
 # %% ../../nbs/data/04_sources.ipynb #03-005
 _PACK = ("recording_id", "source", "patient_id", "domain", "site", "labels", "split", "distribution", "binary", "licence", "file")
 _PACK_USED = {*_PACK, "diagnosis", "age", "sex", "device", "sample_rate", "duration_s"} - {"labels"}  # not repeated in `extra`
@@ -68,7 +61,7 @@ def read_pack(scan:Scan):
     for i, r in rows.items():
         with scan.faults_in(meta, i):
             labels = [label for label in r["labels"].split(";") if label] + murmur_labels(_pack_findings(r).get("murmur_grade"))
-            scan.add(_inside(scan.folder, r["file"]), r["patient_id"] or None, r["domain"], labels, r["binary"] or None,
+            scan.add(scan.file(r["file"]), r["patient_id"] or None, r["domain"], labels, r["binary"] or None,
                      site=to_site("words", r["site"], "site") if r["site"] else None, diagnosis=r.get("diagnosis", ""),
                      events=events.get(r["recording_id"], ()), age=r.get("age"), sex=r.get("sex") or None,
                      device=r.get("device") or None, extra={k: v for k, v in r.items() if k not in _PACK_USED},
@@ -114,7 +107,7 @@ def read_folder(scan:Scan):
             if not r["path"]: raise StethoError("the path is empty")
             if r["domain"] not in ("heart", "lung"):
                 raise StethoError(f"domain {r['domain']!r} is not heart or lung: add such a column, or a constant to the spec")
-            path = _inside(scan.folder, r["path"])
+            path = scan.file(r["path"])
             labels = [spec["spellings"].get(label.strip(), label.strip()) for label in (r["labels"] or "").split(";") if label.strip()]
             sex = {"m": "Male", "f": "Female", "male": "Male", "female": "Female", "": None}.get((r["sex"] or "").lower(), r["sex"])
             if sex not in ("Male", "Female", None):

@@ -6,11 +6,13 @@
 __all__ = ['AUDIO_TOKEN', 'ORDINALS', 'StethoLMFeatureExtractor', 'StethoLMProcessor']
 
 # %% ../../nbs/model/04_processor.ipynb #imports
+import re
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
 
 from ..core.config import StethoError
@@ -49,6 +51,22 @@ class StethoLMFeatureExtractor(FeatureExtractionMixin):
 AUDIO_TOKEN = "<audio>"
 ORDINALS = ("First", "Second", "Third", "Fourth")  # names of the recordings of a question about several
 
+@lru_cache(maxsize=4)
+def _takes_system(tokenizer):
+    "Whether the chat template accepts a system turn"
+    try: tokenizer.apply_chat_template([{"role": "system", "content": ""}, {"role": "user", "content": "?"}], tokenize=False)
+    except TemplateError: return False
+    return True
+
+@lru_cache(maxsize=4)
+def _markers(tokenizer):
+    "Pattern of what structures a prompt: special tokens, added ones that look like markup, and such words of the chat template"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
+    found = set(re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]", tokenizer.apply_chat_template(turns, tokenize=False)))
+    added = tokenizer.added_tokens_decoder.values()
+    found |= {*tokenizer.all_special_tokens, *(t.content for t in added if t.special or re.search(r"[<\[|]", t.content))}
+    return "|".join(re.escape(m) for m in sorted(found, key=len, reverse=True) if m.strip())
+
 class StethoLMProcessor(ProcessorMixin):
     "Questions and recordings to model inputs"
     def __init__(self,
@@ -58,30 +76,37 @@ class StethoLMProcessor(ProcessorMixin):
         prefix_tokens:int=4,                              # audio tokens of a recording, or of each of its windows
         per_window:bool=False):                           # whether `prefix_tokens` counts per window, as the projector has it
         self.prefix_tokens, self.per_window = prefix_tokens, per_window
+        if not (chat_template or tokenizer.chat_template):
+            raise StethoError("this tokenizer has no chat template: choose a model that was tuned on chats, often named …-Instruct or …-it")
         tokenizer.padding_side = "left"
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.end_of_turn = self._end_of_turn()
+        if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.end_of_turn)
 
     def _messages(self, question, windows):
         audio = [AUDIO_TOKEN*self.prefix_tokens*(w if self.per_window else 1) for w in windows]
         if len(audio) == 1: lead = f"{audio[0]}\n"
         else: lead = "".join(f"{name} recording: {a}\n" for name, a in zip(ORDINALS, audio))
-        return [{"role": "system", "content": ""}, {"role": "user", "content": lead + question}]
+        system = [{"role": "system", "content": ""}] if _takes_system(self.tokenizer) else []
+        return [*system, {"role": "user", "content": lead + question}]
 
     def _end_of_turn(self):
-        "The token that closes an answer in the chat template"
+        "The special token that closes an answer in the chat template, else the tokenizer's end of text"
         turns = self._messages("?", ()) + [{"role": "assistant", "content": "ANSWER"}]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        return self.tokenizer(text.rsplit("ANSWER", 1)[1].lstrip(), add_special_tokens=False).input_ids[0]
+        ids = self.tokenizer(text.rsplit("ANSWER", 1)[1].lstrip(), add_special_tokens=False).input_ids
+        if ids and (ids[0] in self.tokenizer.added_tokens_decoder or ids[0] in self.tokenizer.all_special_ids): return ids[0]
+        if self.tokenizer.eos_token_id is None: raise StethoError("this tokenizer has no token that ends an answer: choose another model")
+        return self.tokenizer.eos_token_id
 
     def prompt_ids(self,
         question:str,  # as typed
         windows=(1,),  # number of windows of each of its recordings; empty for a text-only model
     ) -> list:         # token ids
-        "A question's prompt, up to where the answer begins. Raises `StethoError` on an empty question or one with special tokens."
+        "A question's prompt, up to where the answer begins. Raises `StethoError` on an empty question or one with the prompt's markers."
         if not question.strip(): raise StethoError("the question is empty")
-        for token in self.tokenizer.all_special_tokens:
-            if token in question: raise StethoError(f"the question holds the special token {token!r}: leave it out")
+        if marker := re.search(_markers(self.tokenizer), question):
+            raise StethoError(f"the question holds {marker[0]!r}, which structures the model's prompts: leave it out")
         text = self.tokenizer.apply_chat_template(self._messages(question, windows), tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 

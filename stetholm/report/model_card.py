@@ -6,6 +6,7 @@
 __all__ = ['BASES', 'SHOWN', 'TAGS', 'CARD', 'TRAINED_IN', 'card_data', 'model_card', 'write_model_cards']
 
 # %% ../../nbs/report/06_model_card.ipynb #imports
+import shlex
 from pathlib import Path
 
 import jinja2
@@ -151,7 +152,8 @@ def model_card(
     folder = Path(folder)
     if name not in TRAINED_IN: raise StethoError(f"no card for {name!r}: choose one of {', '.join(TRAINED_IN)}")
     if not (folder/"metrics.json").is_file():
-        raise StethoError(f"run {folder.name!r} has no metrics.json: stetholm reproduce --run {folder.name} --until evaluation", 1)
+        command = f"stetholm reproduce --run {shlex.quote(folder.name)} --until evaluation"
+        raise StethoError(f"run {folder.name!r} has no metrics.json: {command}", 1)
     metrics, note, table = read_json(folder/"metrics.json"), run_note(folder), load_recordings(folder)
     profile, stages = note["profile"], TRAINED_IN[name]
     trained = table.loc[sorted({i for s in stages for i in read_json(folder/f"trained_on/{s}.json")})]
@@ -172,4 +174,4 @@ def write_model_cards(
 ):
     "`README.md` in the folder of every model that was evaluated"
     for name in TRAINED_IN:
-        with write_whole(Path(folder)/name/"README.md") as tmp: tmp.write_text(model_card(folder, name))
+        with write_whole(Path(folder)/name/"README.md") as tmp: tmp.write_text(model_card(folder, name), encoding="utf-8")

@@ -10,6 +10,7 @@ __all__ = ['CAPTIONS', 'FIRST_FIGURE', 'KEY_NUMBERS', 'KEY_CONTROLS', 'HEADLINE'
 import base64
 import io
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -186,7 +187,8 @@ def _score_parts(scores):
 def _required(folder, figures):
     "Raises `StethoError` if the run is not evaluated yet, or the folder of figures is missing"
     note = run_note(folder)
-    command = f"stetholm reproduce --profile {note['profile']['name']} --run {folder.name} --until" if "profile" in note else "run stage"
+    command = "run stage"
+    if "profile" in note: command = f"stetholm reproduce --profile {note['profile']['name']} --run {shlex.quote(folder.name)} --until"
     for file in ("metrics.json", "scores.parquet", "differences.parquet", "data_card.json"):
         if not (folder/file).is_file(): raise StethoError(f"run {folder.name!r} has no {file}: {command} evaluation", 1)
     if not figures.is_dir(): raise StethoError(f"no folder of figures at {figures}: {command} figures", 1)

@@ -52,21 +52,21 @@ class Answers:
     ):
         self.folder, self.file = Path(folder), Path(folder)/f"{process}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.file.exists() and not (text := self.file.read_text()).endswith("\n"):  # the process was killed within a line
-            with write_whole(self.file) as tmp: tmp.write_text(text[:text.rfind("\n") + 1])
+        if self.file.exists() and not (text := self.file.read_bytes()).endswith(b"\n"):  # the process was killed within a line
+            with write_whole(self.file) as tmp: tmp.write_bytes(text[:text.rfind(b"\n") + 1])
 
     def rows(self,
         name:str,  # of a system
     ) -> list:     # pair_id, model, generated, seconds
         "What the system has answered, in any process"
-        rows = [json.loads(line) for f in sorted(self.folder.glob("[0-9]*.jsonl")) for line in f.read_text().splitlines()]
+        rows = [json.loads(line) for f in sorted(self.folder.glob("[0-9]*.jsonl")) for line in f.read_bytes().splitlines()]
         return [r for r in rows if r["model"] == name]
 
     def add(self,
         rows:list,  # of one batch
     ):
         "Append the answers of a batch"
-        with open(self.file, "a") as f:
+        with open(self.file, "a", encoding="utf-8") as f:
             f.write("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in rows))
             f.flush()
             os.fsync(f.fileno())

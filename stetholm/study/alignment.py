@@ -21,7 +21,7 @@ from ..core.files import file_hash, write_whole
 from ..core.run import Run, checkpoints, stage, versions
 from ..data.checks import note_training
 from ..data.recordings import load_recordings
-from ..model.backbones import assemble, load_backbone
+from ..model.backbones import assemble, check_backbone, load_backbone
 from ..model.encoder import embed, new_encoder
 from ..model.opera import load_opera
 from ..model.probes import label_probe
@@ -50,6 +50,7 @@ def alignment(
 ) -> pd.DataFrame:  # log: phase, step and losses
     "Stage 3: encoder pre-training, then the projector on reporting pairs"
     p, table, pairs = run.profile, load_recordings(run.folder), load_pairs(run.folder)
+    check_backbone(p.language_model)  # the encoder takes long
     features, key = make_features(table, p, run/"features"), encoder_key(run)
 
     encoder = new_encoder(p).to(device())

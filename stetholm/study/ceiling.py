@@ -11,7 +11,7 @@ import torch
 
 from ..bench.pairs import load_pairs
 from ..core.config import StethoError
-from ..core.run import Run, is_current
+from ..core.run import Run, is_current, reproduce_command
 from ..data.recordings import load_recordings
 from ..model.encoder import embed, encode_all
 from ..model.lm import load_model
@@ -51,7 +51,7 @@ def ceiling(
 ) -> pd.DataFrame:  # model (prior, sft, `TRUE_LABELS`), task, value, lo, hi, n, n_patients, and the gain on sft: d_value, d_lo, d_hi
     "Accuracy in distribution as it is, and with an encoder that knows every label. Raises `StethoError` without SFT model or words."
     if not is_current(run, "sft"):
-        raise StethoError(f"run {run.name!r} has no SFT model that is up to date: stetholm reproduce --run {run.name} --until sft")
+        raise StethoError(f"run {run.name!r} has no SFT model that is up to date: {reproduce_command(run, '--until', 'sft')}")
     p, table, features, lm = run.profile, load_recordings(run.folder), Features(run/"features"), load_model(run/"sft", run.profile)
     encoder, projector = lm.model.model.audio_encoder, lm.model.model.projector
     if not isinstance(projector, WordsProjector):

@@ -61,7 +61,7 @@ def benchmark_model(
 # %% ../../nbs/study/e_cost.ipynb #peak
 def reset_peak():
     "Reset the kernel's mark of this process's largest memory to what it uses now"
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_bytes(b"5")
 
 class Stopwatch(ProgressReport):
     "Seconds of every step and of every wait between steps"
@@ -228,7 +228,7 @@ def measure_apart(
     "A measurement in a process of its own. Raises `StethoError` if that fails."
     fields = {k: v for k, v in vars(run.profile).items() if k != "name"}
     words = json.dumps([what, number, run.profile.name, run.name, str(run.recordings) if run.recordings else None, fields])
-    done = subprocess.run([sys.executable, "-m", "stetholm.study.cost", words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "stetholm.study.cost", words], capture_output=True, text=True, encoding="utf-8")
     if done.returncode: raise StethoError(f"benchmark {what!r} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}", 1)
     return json.loads(done.stdout.splitlines()[-1])
 

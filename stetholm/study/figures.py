@@ -149,12 +149,12 @@ def figures(
 
     with write_whole(run/"figures") as tmp:
         tmp.mkdir()
-        (tmp/"pipeline.mmd").write_text(pipeline_mermaid())
+        (tmp/"pipeline.mmd").write_text(pipeline_mermaid(), encoding="utf-8")
         for name, (fig, table) in drawn.items(): save(fig, table, tmp, name)
         about = f"{run.data}, profile {p.name} {synthetic}".strip()
         for name, (table, caption) in study_tables(scores, differences, about).items():
             table.to_csv(tmp/f"{name}.csv", index=False)
-            (tmp/f"{name}.tex").write_text(as_latex(table.astype(str), caption, f"tab:{name}"))
+            (tmp/f"{name}.tex").write_text(as_latex(table.astype(str), caption, f"tab:{name}"), encoding="utf-8")
         for name in ("scores", "differences"): read[name].round(6).to_csv(tmp/f"{name}.csv", index=False)
         write_answers(predictions, run, tmp)
         write_json(tmp/"cost.json", cost(note, p))

@@ -23,8 +23,8 @@ def instructions(
     p = run.profile
     pairs = synthesize(load_recordings(run.folder), p.instructions_per_task, p.seed)
     if p.instructions_endpoint:
-        chat = Chat(Endpoint(p.instructions_endpoint, p.instructions_model), cache_folder()/"replies.sqlite")
-        pairs, report = engine_llm(pairs, chat)
+        endpoint = Endpoint(p.instructions_endpoint, p.instructions_model, max_tokens=p.instructions_max_tokens)
+        pairs, report = engine_llm(pairs, Chat(endpoint, cache_folder()/"replies.sqlite"))
         with write_whole(run/"rewrites.parquet") as tmp: report.to_parquet(tmp, index=False)
     write_table(pairs, run/"stethobench.parquet", PAIRS)
     return pairs

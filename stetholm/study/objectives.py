@@ -15,7 +15,7 @@ import torch
 from ..bench.pairs import load_pairs
 from ..core.config import STAGES, Profile, StethoError
 from ..core.intervals import with_interval
-from ..core.run import is_current, open_run, stage_key
+from ..core.run import is_current, open_run, reproduce_command, stage_key
 from ..data.recordings import load_recordings
 from ..model.encoder import encode_all
 from ..model.lm import StethoLM, load_model
@@ -145,7 +145,7 @@ def study(
     base, before = open_run(profile, run, recordings, overrides), list(STAGES)[:STAGES["dpo"].number]
     if late := [s for s in before if s != "exploration" and not is_current(base, s)]:
         raise StethoError(f"run {base.name!r} has no preference pairs to go on from (stage {late[0]} is missing or out of date): "
-                          f"stetholm reproduce --profile {profile} --run {base.name} --until preferences", 1)
+                          f"{reproduce_command(base, '--until', 'preferences')}", 1)
     p, table, features, sft = base.profile, load_recordings(base.folder), Features(base/"features"), load_model(base/"sft", base.profile)
     encoded = encode_all(sft.model.model.audio_encoder, features, table.recording_id[table.split != "train"])
     asked = choose_questions(load_pairs(base.folder, "test"), p.evaluation_questions, p.seed)

@@ -48,8 +48,10 @@ def preferences(
         print("candidates: as they were sampled before", flush=True)
         candidates = candidates_of(before)
     else: candidates = sample_candidates(load_model(run/"sft", p), asked, Features(run/"features"), p)
-    judge = Endpoint(p.preferences_endpoint, p.preferences_model, temperature=0.) if "judge" in weight else None
-    chat = Chat(judge, cache_folder()/"replies.sqlite") if judge else None
+    chat = None
+    if "judge" in weight:
+        judge = Endpoint(p.preferences_endpoint, p.preferences_model, temperature=0., max_tokens=p.preferences_judge_tokens)
+        chat = Chat(judge, cache_folder()/"replies.sqlite")
     scored = score_candidates(candidates[["pair_id", "temperature", "candidate"]], asked, chat)
     listed = scored.groupby("pair_id")[list(CANDIDATE_COLUMNS)].agg(list).reset_index()
     pairs = rerank(asked.merge(listed, on="pair_id", validate="one_to_one"), p)

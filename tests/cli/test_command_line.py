@@ -1,7 +1,9 @@
 "Every command as a user meets it: what it prints, what it leaves, and how it fails"
 import json
+import os
 import resource
 import shlex
+import shutil
 import time
 
 import numpy as np
@@ -9,7 +11,8 @@ import pandas as pd
 import pytest
 import soundfile
 
-from stetholm.core.config import STAGES
+from stetholm.cli.main import newest_model
+from stetholm.core.config import STAGES, StethoError
 from stetholm.phantom.patients import make_phantom
 from stetholm.score.scores import KEY, LOWER_IS_BETTER, MEAN_OF_SOURCES
 from stetholm.data.sources import SOURCES
@@ -242,7 +245,9 @@ def test_score_says_what_is_wrong_with_predictions(stetholm, smoke_run, change, 
 # ask
 
 def test_ask_about_one_clip_prints_answer_probability_and_run(clips, smoke_run):
-    done = clips("ask", STEREO, "Is there a wheeze?", "--model", smoke_run.folder/"dpo")
+    question = "Is there a wheeze? The patient, a carpenter of 64 years, has coughed since spring." + " He smokes."*20
+    assert len(question) > 255, "no file has so long a name"
+    done = clips("ask", STEREO, question, "--model", smoke_run.folder/"dpo")
     assert done.returncode == 0 and done.stderr == ""
     *answer, probability, origin = done.stdout.splitlines()
     assert "".join(answer).strip() and probability.endswith(STEREO)
@@ -251,10 +256,30 @@ def test_ask_about_one_clip_prints_answer_probability_and_run(clips, smoke_run):
 
 
 def test_ask_about_two_clips_takes_the_newest_model_and_gives_a_probability_for_each(clips, smoke_run):
-    clips.environment["STETHOLM_RUNS"] = str(smoke_run.runs)
+    for name, profile in (("best", "mini"), ("smoke-later", "smoke")):
+        shutil.copytree(smoke_run.folder/"dpo", clips.runs/name/"dpo")
+        note = json.loads((smoke_run.folder/"run.json").read_text())
+        (clips.runs/name/"run.json").write_text(json.dumps(note | {"profile": note["profile"] | {"name": profile}}))
     done = clips("ask", STEREO, LONG, "Which one is abnormal?")
-    assert done.returncode == 0 and "model dpo of run smoke-phantom" in done.stdout, done.stderr
+    assert done.returncode == 0 and "model dpo of run best (profile mini" in done.stdout, done.stderr
     assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
+
+
+def test_the_newest_run_of_the_largest_profile_answers_and_smoke_only_when_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("STETHOLM_RUNS", str(tmp_path))
+    def trained(run, kind, profile, at):
+        (tmp_path/run/kind).mkdir(parents=True)
+        (tmp_path/run/kind/"config.json").write_text("{}")
+        os.utime(tmp_path/run/kind/"config.json", (at, at))
+        (tmp_path/run/"run.json").write_text(json.dumps({"stages": {}, "profile": {"name": profile}}))
+    trained("try", "dpo", "smoke", 900)
+    with pytest.raises(StethoError, match="no trained model in .*profile smoke are random, and answer only when named.*--model"): newest_model()
+    trained("a", "sft", "mini", 500)
+    trained("b", "dpo", "mini", 400)
+    assert newest_model() == tmp_path/"a/sft"
+    trained("c", "sft", "paper", 100)
+    trained("try again", "dpo", "smoke", 999)
+    assert newest_model() == tmp_path/"c/sft"
 
 
 BAD_CLIPS = {
@@ -302,8 +327,10 @@ def test_broken_recording_stops_the_run_and_the_command_told_goes_on(stetholm, p
     clip = sorted((pack/"audio").iterdir())[0]
     sound = clip.read_bytes()
     clip.write_text("hello")
-    what, html, command = told(stetholm("reproduce", "--profile", "smoke", "--recordings", pack, "--until", "audit"), "audit")
-    run = stetholm.runs/"smoke-pack"
+    pack = pack.rename(pack.with_name("my pack"))
+    clip = pack/"audio"/clip.name
+    what, html, command = told(stetholm("reproduce", "--profile", "smoke", "--recordings", pack, "--run", "it's new", "--until", "audit"), "audit")
+    run = stetholm.runs/"it's new"
     assert f"{clip} is not a readable audio file" in what and f"of {STAGES['audit'].stem}.ipynb" in what
     assert html == str(run/f"notebooks/{STAGES['audit'].stem}.html") and clip.name in (run/f"notebooks/{STAGES['audit'].stem}.html").read_text()
     assert not any((run/m).exists() for m in STAGES["audit"].makes) and not [p for p in run.rglob("*") if ".part." in p.name]
@@ -311,6 +338,23 @@ def test_broken_recording_stops_the_run_and_the_command_told_goes_on(stetholm, p
     clip.write_bytes(sound)
     done = stetholm(*command, "--until", "audit")
     assert done.returncode == 0 and all((run/m).exists() for m in STAGES["audit"].makes), done.stderr
+
+
+def test_a_run_needs_no_home_no_locale_and_no_kernel_that_jupyter_knows(stetholm, tmp_path):
+    other = tmp_path/"jupyter/kernels/python3/kernel.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "Python 3", "language": "python"}))
+    make_phantom(tmp_path/"T\u00f6ne \u2661", 10, 0)
+    stetholm.environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/dev/null/nobody", "JUPYTER_PATH": str(tmp_path/"jupyter"), "STETHOLM_RUNS": "runs"}
+    done = stetholm("reproduce", "--profile", "smoke", "--recordings", "T\u00f6ne \u2661", "--until", "audit", encoding="utf-8")
+    assert done.returncode == 0 and "recordings of T\u00f6ne \u2661" in done.stdout, done.stdout + done.stderr
+    made = stetholm.runs/"smoke-T\u00f6ne \u2661"
+    assert all((made/m).exists() for m in STAGES["audit"].makes) and "T\u00f6ne \u2661" in (made/"run.json").read_text(encoding="utf-8")
+
+
+def test_a_folder_for_runs_that_cannot_be_written_is_told_before_the_first_stage(stetholm):
+    stetholm.environment["STETHOLM_RUNS"] = "/proc/runs"
+    refused(stetholm("reproduce", "--profile", "smoke"), 2, "/proc/runs/smoke-phantom cannot be written", "set STETHOLM_RUNS to a folder that can")
 
 
 def test_folder_without_recordings_stops_the_run(stetholm, tmp_path):

@@ -52,7 +52,9 @@ class Model(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, tuple): return self.send(fault[0], fault[1], **fault[2])
         if fault == "no json": return self.send(200, "<html>hello")
         if fault == "no choices": return self.send(200, json.dumps({"error": "upstream"}))
-        said = json.dumps({"choices": [{"message": {"content": None if fault == "no text" else self.desk["says"](body)}}]} | ({} if fault == "unmetered" else {"usage": {"prompt_tokens": 100, "completion_tokens": 7}}))
+        thoughts = {"finish_reason": "length", "message": {"content": None if fault == "silent thoughts" else "<think>"}}
+        choice = thoughts if fault and "thoughts" in fault else {"message": {"content": None if fault == "no text" else self.desk["says"](body)}}
+        said = json.dumps({"choices": [choice]} | ({} if fault == "unmetered" else {"usage": {"prompt_tokens": 100, "completion_tokens": 7}}))
         self.send(200, said[:len(said)//2] if fault == "cut" else said, length=len(said))
 
     def send(self, status, text, length=None, **headers):
@@ -224,9 +226,24 @@ def test_tokens_and_cost_by_hand(desk):
     chat(talk("a", "b", "c"))
     chat(talk("a", "b", "b", "d"))
     use = chat.usage
-    assert {k: v for k, v in use.items() if k not in ("seconds", "cost")} == {"requests": 6, "retries": 2, "cached": 3, "prompt_tokens": 400, "completion_tokens": 28, "unmetered": 1, "cached_prompt_tokens": 300, "cached_completion_tokens": 21}
+    assert {k: v for k, v in use.items() if k not in ("seconds", "cost")} == {"requests": 6, "retries": 2, "cached": 3, "cut": 0, "prompt_tokens": 400, "completion_tokens": 28, "unmetered": 1, "cached_prompt_tokens": 300, "cached_completion_tokens": 21}
     assert use["cost"] == pytest.approx((400*2.5 + 28*10.)/1e6) and 0 < use["seconds"] < 5
     assert chat([]) == [] and chat(talk("e", "e")) == ["re: e"]*2 and chat.usage["requests"] == 7 and chat.usage["cached"] == 4
+
+
+@pytest.mark.parametrize("fault, workers, words", [("thoughts", 1, 40), ("silent thoughts", 4, 40), ("thoughts", 3, 2)])
+def test_a_model_that_only_thinks_is_told_after_a_few_replies(desk, fault, workers, words):
+    desk["always"] = lambda body: fault
+    few = min(words, 5)
+    with pytest.raises(StethoError, match=f"toy was cut at 250 tokens in all of its first {few} replies: allow more.*--max-tokens.*instructions_max_tokens") as told:
+        client(desk, workers=workers, max_tokens=250)(talk(*map(str, range(words))))
+    assert told.value.exit_code == 1 and few <= len(desk["asked"]) < few + workers
+
+
+def test_a_reply_that_is_cut_now_and_then_is_counted(desk):
+    desk["faults"] = ["thoughts"]*4 + [None, "silent thoughts"]
+    chat = client(desk, workers=1)
+    assert chat(talk(*"abcdefgh")) == ["<think>"]*4 + ["re: e", "", "re: g", "re: h"] and chat.usage["cut"] == 5 and chat.usage["requests"] == 8
 
 
 @pytest.mark.parametrize("how", ["text", "cut", "foreign", "row", "folder", "overwritten"])

@@ -5,6 +5,7 @@ import http.server
 import io
 import tarfile
 import threading
+import time
 import zipfile
 
 import pytest
@@ -112,7 +113,19 @@ def test_a_wrong_checksum_leaves_nothing(shop, tmp_path):
 
 def test_a_missing_file(shop, tmp_path):
     with pytest.raises(StethoError, match="none.zip cannot be downloaded .404"): download(Download(f"{shop['url']}/none.zip", "none.zip"), tmp_path)
-    with pytest.raises(StethoError, match="cut off after 1 tries .ConnectionError"): download(Download("http://127.0.0.1:9/a.zip", "a.zip"), tmp_path, attempts=1)
+    with pytest.raises(StethoError, match="could not be reached in 1 tries .ConnectionError"): download(Download("http://127.0.0.1:9/a.zip", "a.zip"), tmp_path, attempts=1)
+
+
+def test_a_certificate_or_a_proxy_that_fails_is_told_at_once(shop, tmp_path, monkeypatch):
+    begun, secure = time.monotonic(), shop["url"].replace("http:", "https:")
+    with pytest.raises(StethoError, match="no secure connection to .*set REQUESTS_CA_BUNDLE"): download(Download(f"{secure}/a.bin", "a.bin"), tmp_path)
+    monkeypatch.setenv("no_proxy", "")
+    for variable, url in (("https_proxy", "https://example.org/a.bin"), ("http_proxy", "http://example.org/a.bin")):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+        with pytest.raises(StethoError, match=r"cannot be reached through the proxy .*check HTTPS_PROXY"): download(Download(url, "a.bin"), tmp_path)
+    monkeypatch.setenv("http_proxy", "http://")
+    with pytest.raises(StethoError, match=r"cannot be downloaded .*: check HTTPS_PROXY"): download(Download("http://example.org/a.bin", "a.bin"), tmp_path)
+    assert shop["asked"] == [] and list(tmp_path.iterdir()) == [] and time.monotonic() - begun < 10, "tries that wait seconds for each other"
 
 
 def test_a_dataset_is_fetched_once_and_scanned(shop, tmp_path, capsys):

@@ -1,7 +1,10 @@
 "Adapters on real files in their publishers' layouts, against values read by hand; and every fault a user's files may have"
+import hashlib
 import json
 import shutil
 import time
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,9 +12,10 @@ import pytest
 import soundfile
 
 from stetholm.bench.pairs import all_facts, synthesize
-from stetholm.core.config import StethoError
+from stetholm.core.config import PROFILES, StethoError
+from stetholm.core.run import Run, open_run
 from stetholm.data.checks import audit_sounds
-from stetholm.data.recordings import RECORDINGS, read_table, write_table
+from stetholm.data.recordings import RECORDINGS, Scan, read_table, write_table
 from stetholm.data.sources import SOURCES, read_source, scan
 
 KEYS = {"sprsound", "icbhi", "kauh", "circor", "cinc2016", "hlscmds", "zchsound", "hf_lung", "tr", "bmd_hs", "flusense", "stetho-mini", "folder", "phantom"}
@@ -367,6 +371,7 @@ def test_stereo_rates_and_depths_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("table, spec, match", [
     ("path,labels,domain\nno.wav,normal,lung\n", {}, r"t.csv row 2: no audio file at .*no.wav"), ("path,labels\na.wav,normal\n", {}, "row 2: domain None"), ("path,domain\na.wav,lung\n", {}, "no column labels"),
+    (f"path,labels,domain\n{'long '*60}.wav,normal,lung\n", {}, "row 2: no audio file at"),
     ("path,labels,domain\n../a.wav,normal,lung\n", {}, "outside the folder"), ("path,labels,domain\na.wav,odd,lung\n", {}, "row 2.*label 'odd'"), ("path,labels,domain,site\na.wav,normal,lung,knee\n", {}, "row 2.*site 'knee'"),
     ("path,labels,domain\na.wav,normal,lung\n", {"colums": {}}, "spec has 'colums'"), ("path,labels,domain\na.wav,normal,lung\n", {"columns": {"lables": "x"}}, "maps 'lables'"), ("path,labels,domain,sex\na.wav,normal,lung,x\n", {}, "sex 'x'"),
     ("path,labels,domain\na.wav,normal,lung\na.wav,normal,lung\n", {}, "listed twice")])
@@ -374,6 +379,106 @@ def test_a_folder_of_ones_own_refuses(tmp_path, table, spec, match):
     soundfile.write(tmp_path/"a.wav", np.zeros(4000) + .1, 4000)
     (tmp_path/"t.csv").write_text(table)
     with pytest.raises(StethoError, match=match): scan("folder", tmp_path, spec=spec)
+
+
+def own(folder, *names):
+    "A folder with a sound of its own under each name"
+    for i, name in enumerate(names):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder/name, np.full(2000, (i + 1)/99), 4000, format="WAV")
+    return folder
+
+
+CSV = {
+    "line breaks in a cell": 'path,labels,domain,remark\r\na.wav,wheeze,lung,"""bad""\r\n\r\ncough, then"\r\nb.wav,normal,lung,\r\n',
+    "a line break in the header": 'path,labels,domain,"remark\nof the nurse"\na.wav,wheeze,lung,x\nb.wav,normal,lung,y\n',
+    "separators of other texts": "path,labels,domain,remark\na.wav,wheeze,lung,one\x0ctwo\x1cthree\x85four\u2029five\nb.wav,normal,lung,six\n",
+    "old line ends": "path,labels,domain\ra.wav,wheeze,lung\rb.wav,normal,lung\r",
+    "semicolons": 'path;labels;domain;remark\na.wav;"wheeze;wheeze";lung;1,5\nb.wav;normal;lung;"2;5"\n',
+    "quoted names": '"path";"labels";"domain"\n"a.wav";"wheeze";"lung"\n"b.wav";"normal";"lung"\n',
+    "tabs": "path\tlabels\tdomain\na.wav\twheeze\tlung\nb.wav\tnormal\tlung\n",
+    "blanks after commas": 'path, labels, domain\na.wav, "wheeze", lung\nb.wav, normal, lung\n',
+    "empty rows": ",,\npath,labels,domain\n,,\na.wav,wheeze,lung\n\nb.wav,normal,lung\n,,\n",
+}
+
+@pytest.mark.parametrize("table", CSV.values(), ids=list(CSV))
+def test_every_valid_csv_is_read(tmp_path, table):
+    (own(tmp_path, "a.wav", "b.wav")/"t.csv").write_bytes(table.encode())
+    t = scan("folder", tmp_path)
+    assert t.recording_id.tolist() == ["folder_a", "folder_b"] and t.findings.tolist() == [["wheeze"], []], t.extra.tolist()
+
+
+def test_a_row_is_counted_as_a_spreadsheet_counts_it(tmp_path):
+    own(tmp_path, "a.wav", "b.wav")
+    head = 'path,labels,domain,remark\na.wav,wheeze,lung,"one\ntwo\nthree"\n\n'
+    for rest, match in (("b.wav,odd,lung,\n", "t.csv row 4: .*label 'odd'"), ("b.wav,normal,lung\n", "t.csv row 4 has 3 columns, not 4"), ('b.wav,normal,lung,"open\nb.wav,x\n', "t.csv row 4 is no valid csv"),
+                        ('b.wav,"normal"s,lung,\n', "t.csv row 4 is no valid csv")):
+        (tmp_path/"t.csv").write_text(head + rest)
+        with pytest.raises(StethoError, match=match): scan("folder", tmp_path)
+
+
+def test_accents_in_one_form_or_the_other_are_the_same(tmp_path):
+    composed, apart = "s\u00e4ugling/\u00e0.wav", "s\u00e4ugling/o\u0302.wav"  # what the folder has, of either form
+    own(tmp_path, composed, unicodedata.normalize("NFD", apart), "c.wav")
+    listed = [unicodedata.normalize("NFD", composed), unicodedata.normalize("NFC", apart), "c.wav"]
+    patients = [unicodedata.normalize(form, "Zo\u00eb") for form in ("NFC", "NFD", "NFC")]
+    (tmp_path/"t.csv").write_text("path,labels,domain,patient_id\n" + "".join(f"{f},normal,lung,{p}\n" for f, p in zip(listed, patients)), encoding="utf-8")
+    t = scan("folder", tmp_path)
+    assert len(t) == 3 and t.patient_id.nunique() == 1 and all(Path(p).is_file() for p in t.path)
+
+
+@pytest.fixture
+def linked(tmp_path):
+    "A folder whose recordings lie elsewhere: one behind a link of its own, two behind that of a folder, and links that lead in circles"
+    store = own(tmp_path/"store", "3f9a", "deep/b.wav", "deep/c.wav")
+    folder = tmp_path/"set"
+    (folder/"more").mkdir(parents=True)
+    (folder/"a.wav").symlink_to("../store/3f9a")
+    (folder/"more/wav").symlink_to(store/"deep")
+    (folder/"more/circle").symlink_to(folder)
+    (store/"deep/back").symlink_to("../..")
+    (folder/"self").symlink_to("self")
+    (folder/"t.csv").write_text("path,labels,domain\na.wav,normal,lung\nmore/wav/b.wav,wheeze,lung\nmore/wav/c.wav,normal,lung\n")
+    return folder
+
+
+def test_links_are_followed(linked):
+    t = scan("folder", linked)
+    assert t.path.tolist() == [str(linked/p) for p in ("a.wav", "more/wav/b.wav", "more/wav/c.wav")] and t.split.notna().all()
+    assert [p.relative_to(linked).as_posix() for p in Scan(SOURCES["folder"], linked).audio()] == ["a.wav", "more/wav/b.wav", "more/wav/c.wav"]
+    for way_out in ("../store/3f9a", "more/../a.wav", str(linked.parent/"store/3f9a")):
+        (linked/"t.csv").write_text(f"path,labels,domain\n{way_out},normal,lung\n")
+        with pytest.raises(StethoError, match="row 2: file .* lies outside the folder"): scan("folder", linked)
+
+
+def test_a_link_to_nothing_is_a_fault_of_its_row(linked):
+    (linked.parent/"store/3f9a").unlink()
+    with pytest.raises(StethoError, match="t.csv row 2: no audio file at .*a.wav"): scan("folder", linked)
+    table, found = read_source("folder", linked, skip_bad=True)
+    assert len(table) == 2 and len(found.bad) == 1
+
+
+def test_a_change_behind_a_link_is_another_set_of_recordings(linked, monkeypatch):
+    monkeypatch.setenv("STETHOLM_RUNS", str(linked.parent/"runs"))
+    def fingerprint(): return open_run("smoke", recordings=str(linked)).fingerprint
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    def longer(path): path.write_bytes(path.read_bytes() + b"more")
+    def other_target():
+        (linked/"a.wav").unlink()
+        own(linked.parent/"store", "77c0")
+        (linked/"a.wav").symlink_to("../store/77c0")
+    for change in (lambda: longer(linked.parent/"store/3f9a"), lambda: longer(linked.parent/"store/deep/b.wav"), lambda: own(linked.parent/"store/deep", "d.wav"), other_target):
+        change()
+        seen.append(fingerprint())
+    assert len(set(seen)) == 5
+
+
+def test_a_fingerprint_of_plain_files_is_that_of_names_sizes_and_tables(tmp_path):
+    (tmp_path/"b").mkdir()
+    (tmp_path/"b/1.wav").write_bytes(b"x"*7)
+    (tmp_path/"t.csv").write_text("path\n")
+    assert Run(tmp_path/"r", PROFILES["smoke"], tmp_path).fingerprint == hashlib.sha256(b"b/1.wav 7\nt.csv 5\npath\n").hexdigest()
 
 
 def test_a_table_is_refused_when_it_breaks_the_schema(layouts, tmp_path):
