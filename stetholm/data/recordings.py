@@ -20,11 +20,11 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
-import soundfile
 
 from ..core.config import StethoError
-from ..core.files import file_hash, is_truncated_wav, write_whole
+from ..core.files import file_hash, write_whole
 from .vocabulary import EVENTS, FINDINGS, to_diagnosis, to_events, to_terms
+from ..sound.reading import AudioFile
 
 # %% ../../nbs/data/01_recordings.ipynb #02e-005
 _LABELS = set(FINDINGS) | {t for terms in EVENTS.values() for t in terms}
@@ -113,25 +113,13 @@ _USUAL = ("PCM_16", "VORBIS", "MPEG_LAYER_III")  # sample formats that are not w
 
 def audio_header(
     path:Path,  # audio file
-) -> tuple:     # seconds, {sample_rate, and what is unusual: channels, subtype}
+) -> tuple:     # seconds, {sample_rate, and what is unusual: channels, subtype}, notes
     "Rate and length of a whole audio file. Raises `StethoError` if it is missing, unreadable, empty or cut short."
-    if not path.is_file(): raise StethoError(f"no audio file at {path}: copy it there")
-    size = path.stat().st_size
-    cut = StethoError(f"{path} is cut short (its header promises more than its {size} bytes hold): copy it again")
-    try: f = soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, RuntimeError):
-        raise StethoError(f"{path} is not a readable audio file ({size} bytes): copy it again") from None
-    with f:
-        frames, info = f.frames, {"sample_rate": f.samplerate}
+    with AudioFile(path) as f:
+        info = {"sample_rate": f.rate}
         if f.channels > 1: info["channels"] = f.channels
         if f.subtype not in _USUAL: info["subtype"] = f.subtype
-        if not frames: raise StethoError(f"{path} holds no samples: copy it again")
-        try:
-            f.seek(frames - 1)
-            if len(f.read(1)) != 1: raise cut
-        except soundfile.LibsndfileError: raise cut from None
-    if is_truncated_wav(path): raise cut
-    return frames/info["sample_rate"], info
+        return f.seconds, info, f.notes
 
 # %% ../../nbs/data/01_recordings.ipynb #events
 MIN_EVENT_S = 1e-6     # shorter events have no length
@@ -300,10 +288,10 @@ class Scan:
     ):
         "Add one recording. Raises `StethoError` on a file without sound and on labels outside the vocabulary."
         where, name, key = self.relative(path), name or path.stem, fixed.get("source", self.source.key)
-        seconds, header = audio_header(path)
+        seconds, header, unusual = audio_header(path)
         kept, faults = _events(events, seconds, where)
         extra = {k: v for k, v in (extra or {}).items() if v not in (None, "", [], {})} | header
-        notes = {"official_split": official, "left_out": left_out, "faults": faults,
+        notes = {"official_split": official, "left_out": left_out, "faults": unusual + faults,
                  "patient": None if patient else "not published; the recording stands for it"}
         extra |= {k: v for k, v in notes.items() if v}
         self.rows.append(dict(
