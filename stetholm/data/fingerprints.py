@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATE', 'WINDOW', 'HOP', 'LAG', 'BAND_EDGES', 'N_BITS', 'CHANGES', 'PASS_BANDS', 'COPY_GAIN', 'COPY_RATES', 'WORDS',
-           'MAX_WORD_FRAMES', 'MIN_VOTES', 'MIN_OVERLAP', 'MAX_BIT_ERRORS', 'BLOCK', 'MAX_OFFSETS', 'FULL_SCALE',
-           'CLIP_LEVEL', 'fingerprint', 'bit_error_rate', 'apply_change', 'similar_pairs', 'precision_recall',
-           'SoundMeasures', 'measure_sounds']
+           'MAX_WORD_FRAMES', 'MIN_VOTES', 'MIN_OVERLAP', 'MAX_BIT_ERRORS', 'BLOCK', 'MAX_OFFSETS', 'MAX_COMPARED',
+           'FULL_SCALE', 'CLIP_LEVEL', 'fingerprint', 'bit_error_rate', 'apply_change', 'similar_pairs',
+           'precision_recall', 'SoundMeasures', 'measure_sounds']
 
 # %% ../../nbs/data/06_fingerprints.ipynb #imports
 import hashlib
@@ -106,7 +106,8 @@ MIN_VOTES = 3               # for one pair at one offset
 MIN_OVERLAP = 125           # frames in common (2 s)
 MAX_BIT_ERRORS = .32        # bit-error rate of one recording under two names
 BLOCK = 500_000             # frames of the recordings of a block, a little over two hours
-MAX_OFFSETS = 100           # of one pair that are compared, those with the most votes; two recordings of a day share words at every offset
+MAX_OFFSETS = 1000          # of one pair that are compared, those with the most votes
+MAX_COMPARED = 50_000       # frames in common that are compared, evenly spread; at least so many of a longer overlap
 _SPAN = 1 << 26             # offsets fit in 26 bits: six days
 
 # %% ../../nbs/data/06_fingerprints.ipynb #03a-015
@@ -163,7 +164,8 @@ def similar_pairs(
             a, b = prints[i][max(0, offset):], prints[j][max(0, -offset):]
             n = min(len(a), len(b))
             if n < min(MIN_OVERLAP, len(prints[i]), len(prints[j])): continue
-            errors = bit_error_rate(a[:n], b[:n])
+            step = max(1, n//MAX_COMPARED)
+            errors = bit_error_rate(a[:n:step], b[:n:step])
             if errors < best.get((i, j), (MAX_BIT_ERRORS,))[0]: best[i, j] = errors, offset*HOP/RATE, n*HOP/RATE
     rows = [(*pair, offset_s, overlap_s, errors) for pair, (errors, offset_s, overlap_s) in sorted(best.items())]
     return pd.DataFrame(rows, columns=["first", "second", "offset_s", "overlap_s", "bit_error_rate"])

@@ -23,9 +23,9 @@ from ..core.config import StethoError
 
 # %% ../../nbs/sound/00_reading.ipynb #formats
 _FORMATS = (  # where its mark begins, the mark, what it is
-    (4, b"ftypM4A", "MPEG-4 audio (m4a)"), (4, b"ftyp3g", "3GP"), (4, b"ftypqt", "QuickTime"), (4, b"ftyp", "MPEG-4 (mp4, m4a)"),
-    (0, b"\x1aE\xdf\xa3", "WebM or Matroska"), (0, b"#!AMR", "AMR"), (0, b"0&\xb2u\x8ef\xcf\x11", "Windows Media Audio (wma)"),
-    (0, b"caff", "a Core Audio file (caf) of a codec that is not PCM"), (0, b"wvpk", "WavPack"), (0, b"MAC ", "Monkey's Audio"),
+    (4, b"ftypM4A", "MPEG-4 audio, m4a"), (4, b"ftyp3g", "3GP"), (4, b"ftypqt", "QuickTime"), (4, b"ftyp", "MPEG-4, mp4 or m4a"),
+    (0, b"\x1aE\xdf\xa3", "WebM or Matroska"), (0, b"#!AMR", "AMR"), (0, b"0&\xb2u\x8ef\xcf\x11", "Windows Media Audio, wma"),
+    (0, b"caff", "a Core Audio file, caf, of a codec that is not PCM"), (0, b"wvpk", "WavPack"), (0, b"MAC ", "Monkey's Audio"),
     (0, b"OggS", "Ogg of a codec that is not Vorbis or Opus, or damaged"), (0, b"RIFF", "WAV of a codec that is not PCM, or damaged"),
     (0, b"ADIF", "AAC"), *((0, bytes([0xff, second]), "AAC") for second in (0xf0, 0xf1, 0xf8, 0xf9)))
 _NO_AUDIO = (  # how it begins, what it is, what to do
