@@ -99,7 +99,7 @@ def wav_samples(
         no_length = -announced % 2**31 <= 2**16 and (announced == 0 or announced > there or size > header.end)
         if no_length or no_upper_bits or announced in (size, size - 8):
             n = there - excess if no_upper_bits else there
-            return n, f"its header announces {announced:,} bytes of samples, as a stream or a stopped recorder leaves it; all {n:,} are read"
+            return n, f"its header announces {announced:,} bytes of samples, as a stream's or a stopped recorder's; all {n:,} are read"
     if announced - there >= max(1, frame): return None
     rest = size - max(header.end, header.start + announced)
     note = f"{rest/second:.1f} s follow after the end that its header announces and are not read" if rest > second > 0 else None
@@ -144,7 +144,8 @@ def _wav_head(format, n):
     return b"RF64" + b"\xff"*4 + b"WAVE" + sizes + chunk + b"\xff"*4
 
 # %% ../../nbs/sound/00_reading.ipynb #mp3-frames
-_KBIT_S = {1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320), 2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+_KBIT_S = {1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+           2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
 _MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by the bits of the MPEG version
 
 def _frame_size(header):
@@ -278,7 +279,8 @@ class AudioFile:
             samples = self._file.read(n, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError: samples = ()
         if len(samples) < n: raise StethoError(f"{self.path} is damaged after {start/self.rate:.0f} s: copy it again")
-        if not np.isfinite(samples).all(): raise StethoError(f"{self.path} holds samples that are not numbers: export it again as 16-bit wav")
+        if not np.isfinite(samples).all():
+            raise StethoError(f"{self.path} holds samples that are not numbers: export it again as 16-bit wav")
         return samples
 
     def _sample(self):
