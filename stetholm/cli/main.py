@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -285,8 +286,11 @@ def ask(
     if len(clips) > 2: raise StethoError(f"the model was trained on one or two recordings, not {len(clips)}")
     if os.path.isfile(question): raise StethoError(f"the question is missing: the last word {question!r} is a file")
     folder = Path(model) if model else newest_model()
-    from stetholm.sound.audio import read_audio
-    for c in clips: read_audio(c)
+    from stetholm.sound.reading import AudioFile, AudioNote
+    for c in clips:
+        with AudioFile(c) as f:
+            for note in f.notes: print(f"note: {c}: {note}", file=sys.stderr)
+    warnings.simplefilter("ignore", AudioNote)  # they are told
     disable_progress_bars()
     from stetholm.model.lm import StethoLM
     answer = StethoLM.from_pretrained(folder).ask(clips, question)

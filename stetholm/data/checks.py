@@ -144,6 +144,7 @@ def _file_faults(recording, measures):
     if measures.clipped > MAX_CLIPPED:
         detail = f"{name} is at full scale for {measures.clipped:.1%} of its samples"
         yield "note", "clipped", [name], detail, "accept it, or leave it out"
+    for note in measures.notes: yield "note", "unusual file", [name], f"{name}: {note}", "look whether the right sound is used"
     if recording.duration_s < MIN_SECONDS:
         yield "note", "too short", [name], f"{name} is {recording.duration_s:.2f} s long", "leave it out"
 

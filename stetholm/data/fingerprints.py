@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATE', 'WINDOW', 'HOP', 'LAG', 'BAND_EDGES', 'N_BITS', 'CHANGES', 'PASS_BANDS', 'COPY_GAIN', 'COPY_RATES', 'WORDS',
-           'MAX_WORD_FRAMES', 'MIN_VOTES', 'MIN_OVERLAP', 'MAX_BIT_ERRORS', 'BLOCK', 'FULL_SCALE', 'CLIP_LEVEL',
-           'fingerprint', 'bit_error_rate', 'apply_change', 'similar_pairs', 'precision_recall', 'SoundMeasures',
-           'measure_sounds']
+           'MAX_WORD_FRAMES', 'MIN_VOTES', 'MIN_OVERLAP', 'MAX_BIT_ERRORS', 'BLOCK', 'MAX_OFFSETS', 'MAX_COMPARED',
+           'FULL_SCALE', 'CLIP_LEVEL', 'fingerprint', 'bit_error_rate', 'apply_change', 'similar_pairs',
+           'precision_recall', 'SoundMeasures', 'measure_sounds']
 
 # %% ../../nbs/data/06_fingerprints.ipynb #imports
 import hashlib
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import librosa
 import numpy as np
 import pandas as pd
-import soundfile
 from scipy.signal import butter, sosfilt
 
 from ..core.config import StethoError
+from ..sound.reading import BLOCK_S, AudioFile
 
 # %% ../../nbs/data/06_fingerprints.ipynb #band-edges
 RATE = 2000             # Hz, of the waveform
@@ -50,6 +50,16 @@ def fingerprint(
     energy = np.log(np.add.reduceat(power, bins, axis=1)[:, :-1] + 1e-10)
     contrast = np.diff(energy, axis=1)
     return ((contrast[LAG:] > contrast[:-LAG]) << np.arange(N_BITS)).sum(1).astype(np.uint32)
+
+# %% ../../nbs/data/06_fingerprints.ipynb #file-fingerprint
+def _file_fingerprint(file, mean):
+    "The fingerprint of an `AudioFile` without its mean"
+    if not file.is_long: return fingerprint(file.read() - mean, file.rate)
+    frames, step = (file.length(RATE) - WINDOW)//HOP + 1 - LAG, BLOCK_S*RATE//HOP
+    def block(start):
+        n = (min(step, frames - start) - 1 + LAG)*HOP + WINDOW
+        return fingerprint(file.part(start*HOP, n, RATE) - mean, RATE)
+    return np.concatenate([block(start) for start in range(0, frames, step)])
 
 # %% ../../nbs/data/06_fingerprints.ipynb #bit-errors
 def bit_error_rate(
@@ -96,7 +106,9 @@ MIN_VOTES = 3               # for one pair at one offset
 MIN_OVERLAP = 125           # frames in common (2 s)
 MAX_BIT_ERRORS = .32        # bit-error rate of one recording under two names
 BLOCK = 500_000             # frames of the recordings of a block, a little over two hours
-_SPAN = 1 << 20             # offsets fit in 20 bits: almost five hours
+MAX_OFFSETS = 1000          # of one pair that are compared, those with the most votes
+MAX_COMPARED = 50_000       # frames in common that are compared, evenly spread; at least so many of a longer overlap
+_SPAN = 1 << 26             # offsets fit in 26 bits: six days
 
 # %% ../../nbs/data/06_fingerprints.ipynb #03a-015
 def _pair_votes(words, owner, frame, n_recordings):
@@ -116,24 +128,30 @@ def _pair_votes(words, owner, frame, n_recordings):
     return np.concatenate(keys)
 
 # %% ../../nbs/data/06_fingerprints.ipynb #candidates
-def _candidates(prints, recordings):
-    "(first, second, offset in frames) of the pairs among `recordings` that share enough words"
-    owner = np.repeat(recordings, [len(prints[i]) for i in recordings]).astype(np.int64)
-    frame = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(prints[i])) for i in recordings)])
-    bits = np.concatenate([np.zeros(0, np.uint32), *(prints[i] for i in recordings)])
+def _candidates(prints, pieces):
+    "(first, second, offset in frames) of the pairs of recordings that share enough words in these (recording, first frame, end)"
+    owner = np.concatenate([np.zeros(0, np.int64), *(np.full(end - start, i) for i, start, end in pieces)])
+    frame = np.concatenate([np.zeros(0, np.int64), *(np.arange(start, end) for _, start, end in pieces)])
+    bits = np.concatenate([np.zeros(0, np.uint32), *(prints[i][start:end] for i, start, end in pieces)])
     words = [(bits >> np.uint32(first)) & np.uint32(2**length - 1) for first, length in WORDS]
     votes = np.concatenate([_pair_votes(w, owner, frame, len(prints)) for w in words])
     keys, counts = np.unique(votes, return_counts=True)
-    for key in keys[counts >= MIN_VOTES].tolist():
+    keys, counts = keys[counts >= MIN_VOTES], counts[counts >= MIN_VOTES]
+    order = np.lexsort((-counts, keys//_SPAN))  # by pair, the most votes first
+    pairs = keys[order]//_SPAN
+    rank = np.arange(len(pairs)) - np.searchsorted(pairs, pairs)
+    for key in np.sort(keys[order[rank < MAX_OFFSETS]]).tolist():
         pair, offset = divmod(key, _SPAN)
         yield *divmod(pair, len(prints)), offset - _SPAN//2
 
 def _block_pairs(prints):
-    "The recordings of every two blocks, or of the only one"
-    block = np.cumsum([len(p) for p in prints])//BLOCK
-    blocks = [np.flatnonzero(block == b) for b in np.unique(block)]
+    "The (recording, first frame, end) in every two blocks, or in the only one; a recording longer than a block lies in several"
+    pieces = [(i, start, min(start + BLOCK, len(p))) for i, p in enumerate(prints) for start in range(0, len(p), BLOCK)]
+    block = np.cumsum([end - start for _, start, end in pieces])//BLOCK
+    blocks = [[pieces[i] for i in np.flatnonzero(block == b)] for b in np.unique(block)]
     groups = itertools.combinations(blocks, 2) if len(blocks) > 1 else [blocks]
-    return [np.concatenate([np.zeros(0, int), *group]) for group in groups]
+    groups = [list(itertools.chain(*group)) for group in groups]
+    return [group for group in groups if len({i for i, _, _ in group}) > 1]
 
 # %% ../../nbs/data/06_fingerprints.ipynb #similar-pairs
 def similar_pairs(
@@ -141,12 +159,13 @@ def similar_pairs(
 ) -> pd.DataFrame:  # first, second (positions in the list), offset_s (of the second in the first), overlap_s, bit_error_rate
     "Pairs of recordings that share two seconds of sound or more"
     best = {}  # (first, second) to (bit-error rate, offset, overlap)
-    for recordings in _block_pairs(prints):
-        for i, j, offset in _candidates(prints, recordings):
+    for pieces in _block_pairs(prints):
+        for i, j, offset in _candidates(prints, pieces):
             a, b = prints[i][max(0, offset):], prints[j][max(0, -offset):]
             n = min(len(a), len(b))
             if n < min(MIN_OVERLAP, len(prints[i]), len(prints[j])): continue
-            errors = bit_error_rate(a[:n], b[:n])
+            step = max(1, n//MAX_COMPARED)
+            errors = bit_error_rate(a[:n:step], b[:n:step])
             if errors < best.get((i, j), (MAX_BIT_ERRORS,))[0]: best[i, j] = errors, offset*HOP/RATE, n*HOP/RATE
     rows = [(*pair, offset_s, overlap_s, errors) for pair, (errors, offset_s, overlap_s) in sorted(best.items())]
     return pd.DataFrame(rows, columns=["first", "second", "offset_s", "overlap_s", "bit_error_rate"])
@@ -179,18 +198,29 @@ class SoundMeasures(NamedTuple):
     rms_db:float            # level, dB of full scale
     clipped:float           # share of samples at the peak, in runs of three or more; 0 below full scale
     fingerprint:np.ndarray  # of `fingerprint`
+    notes:list              # of the `AudioFile`
+
+def _clipped(file, peak):
+    "The share of samples at the peak, in runs of three or more"
+    if peak <= FULL_SCALE or file.frames < 3: return 0.
+    runs, before = 0, np.zeros(2, bool)
+    for samples in file.blocks():
+        at_peak = np.concatenate([before, np.abs(samples) >= CLIP_LEVEL*peak])
+        runs += int((at_peak[2:] & at_peak[1:-1] & at_peak[:-2]).sum())
+        before = at_peak[-2:]
+    return runs/(file.frames - 2)
 
 def _measure(path):
-    try: wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError): return None
-    wave = np.ascontiguousarray(wave.mean(1))
-    if not len(wave): return None
-    peak = float(np.abs(wave).max())
-    at_peak = (np.abs(wave) >= CLIP_LEVEL*peak) & (peak > FULL_SCALE)
-    runs = at_peak[2:] & at_peak[1:-1] & at_peak[:-2]
-    clipped = float(runs.mean()) if len(runs) else 0.
-    rms_db = float(10*np.log10(np.mean(wave**2) + 1e-12))
-    return SoundMeasures(hashlib.sha256(wave.tobytes()).hexdigest(), peak, rms_db, clipped, fingerprint(wave - wave.mean(), rate))
+    try:
+        with AudioFile(path) as f:
+            digest, peak, power, mean = hashlib.sha256(), 0., 0., 0.
+            for samples in f.blocks():
+                digest.update(samples.tobytes())
+                peak, share = max(peak, float(np.abs(samples).max())), len(samples)/f.frames
+                power, mean = power + share*np.mean(samples**2), mean + share*samples.mean()
+            rms_db = float(10*np.log10(power + 1e-12))
+            return SoundMeasures(digest.hexdigest(), peak, rms_db, _clipped(f, peak), _file_fingerprint(f, mean), f.notes)
+    except StethoError: return None
 
 # %% ../../nbs/data/06_fingerprints.ipynb #measure-sounds
 def measure_sounds(

@@ -27,6 +27,7 @@ from ..core.config import Profile, StethoError
 from .encoder import ENCODERS
 from .processor import StethoLMFeatureExtractor, StethoLMProcessor
 from .projectors import PROJECTORS
+from ..sound.audio import is_silent
 
 # %% ../../nbs/model/05_lm.ipynb #08-005
 class StethoLMConfig(PreTrainedConfig):
@@ -292,12 +293,15 @@ class StethoLM:
         self.processor.save_pretrained(folder)
 
     def ask(self,
-        recordings,    # one path, or a list of one or two
+        recordings,    # one path or array as the feature extractor takes it, or a list of one or two
         question:str,  # as typed
     ) -> dict:         # text; task by its wording, or None; p_abnormal and spectrogram (windows, n_mels, frames) of each recording
-        "The answer, and P(abnormal) of each recording, by the question itself if its answer is a verdict, else by one that asks for it"
-        recordings = [recordings] if isinstance(recordings, (str, Path)) else list(recordings)
+        "The answer and P(abnormal), by the question itself if its answer is a verdict. Raises `StethoError` on digital silence."
+        recordings = list(recordings) if isinstance(recordings, (list, tuple)) else [recordings]
         windows = [self.processor.feature_extractor(r) for r in recordings]
+        for i, (r, w) in enumerate(zip(recordings, windows), 1):
+            name = r if isinstance(r, (str, Path)) else f"recording {i}"
+            if is_silent(w): raise StethoError(f"{name} is digital silence: nothing can be said about it; record it again")
         text = answer(self.model, self.processor, self.processor(question, windows))[0]
         verdict = len(recordings) == 1 and text.startswith(("Normal", "Abnormal"))
         classify = question if verdict else "Is this sound normal or abnormal?"

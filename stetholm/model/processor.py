@@ -6,17 +6,29 @@
 __all__ = ['AUDIO_TOKEN', 'ORDINALS', 'StethoLMFeatureExtractor', 'StethoLMProcessor']
 
 # %% ../../nbs/model/04_processor.ipynb #imports
+import os
 import re
+import warnings
 from functools import lru_cache
-from pathlib import Path
 
-import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from transformers import BatchFeature, FeatureExtractionMixin, ProcessorMixin
 
 from ..core.config import StethoError
-from ..sound.audio import LogMel, load_audio, windows
+from ..sound.audio import LogMel, file_windows, resample, windows
+from ..sound.reading import AudioFile, AudioNote, to_mono
+
+# %% ../../nbs/model/04_processor.ipynb #decoded
+def _decoded(audio, sample_rate):
+    "(array, its sample rate) of a waveform: a dictionary or decoder of `datasets`, or an array at `sample_rate`"
+    if hasattr(audio, "get_all_samples"):
+        samples = audio.get_all_samples()
+        return samples.data, samples.sample_rate
+    if isinstance(audio, dict):
+        if {"array", "sampling_rate"} <= set(audio): return audio["array"], audio["sampling_rate"]
+        raise StethoError(f"a dictionary with {', '.join(map(str, audio))} is no recording: give array and sampling_rate, as `datasets` does")
+    return audio, sample_rate
 
 # %% ../../nbs/model/04_processor.ipynb #19542696
 @lru_cache(maxsize=4)
@@ -39,13 +51,22 @@ class StethoLMFeatureExtractor(FeatureExtractionMixin):
         super().__init__(**kwargs)
 
     def __call__(self,
-        audio,  # a path; a waveform (n,) at `sample_rate`; or log-mel windows or their embeddings, which are returned as they are
-    ) -> torch.Tensor:  # (windows, n_mels, frames) dB, or (windows, frames*dim) embeddings
-        "The log-mel windows of one recording"
-        if isinstance(audio, torch.Tensor) and audio.ndim > 1: return audio
-        wave = load_audio(audio, self.sample_rate) if isinstance(audio, (str, Path)) else np.asarray(audio, np.float32)
+        audio,  # a path; an array as of `to_mono` at `sample_rate`; {"array", "sampling_rate"}; or its log-mel windows as a tensor
+    ) -> torch.Tensor:  # (windows, n_mels, frames) dB
+        "The log-mel windows of one recording. Raises `StethoError` on what is none; what is unusual about it is an `AudioNote`."
+        if isinstance(audio, torch.Tensor):
+            if audio.ndim == 3 and audio.shape[1] == self.n_mels: return audio
+            audio = audio.detach().cpu().float() if audio.is_floating_point() else audio.detach().cpu()
+        size, is_file = int(self.window_s*self.sample_rate), isinstance(audio, (str, os.PathLike))
+        if is_file:
+            with AudioFile(audio) as f: waves, notes = file_windows(f, self.sample_rate, size, self.max_windows), f.notes
+        else:
+            samples, rate = _decoded(audio, self.sample_rate)
+            wave, notes = to_mono(samples, rate)
+            waves = windows(resample(wave, rate, self.sample_rate), size, self.max_windows)
+        for note in notes: warnings.warn(f"{audio}: {note}" if is_file else note, AudioNote, stacklevel=2)
         front = _front(self.sample_rate, self.n_fft, self.hop, self.n_mels, self.fmin, self.fmax)
-        return front(torch.from_numpy(windows(wave, int(self.window_s*self.sample_rate), self.max_windows)))
+        return front(torch.from_numpy(waves))
 
 # %% ../../nbs/model/04_processor.ipynb #3bd362bd
 AUDIO_TOKEN = "<audio>"
@@ -132,12 +153,12 @@ class StethoLMProcessor(ProcessorMixin):
 
     def __call__(self,
         text,   # a question, or a list of them
-        audio,  # its recordings, or a list of them per question; elements as the feature extractor takes them
+        audio,  # its recordings, or a list of them per question; as the feature extractor takes them, or tensors of windows or embeddings
     ) -> BatchFeature:  # left-padded, ready for `generate`
         "Questions about recordings as model inputs"
         if isinstance(text, str): text, audio = [text], [audio]
         if len(text) != len(audio): raise StethoError(f"{len(text)} questions, but {len(audio)} lists of recordings")
-        features = [[self.feature_extractor(x) for x in a] for a in audio]
+        features = [[x if torch.is_tensor(x) and x.ndim > 1 else self.feature_extractor(x) for x in a] for a in audio]
         ids = [self.prompt_ids(q, [len(x) for x in a]) for q, a in zip(text, features)]
         padded = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
         return BatchFeature({"input_ids": padded.input_ids, "attention_mask": padded.attention_mask, **self.stack(features)})

@@ -24,7 +24,7 @@ STEREO, LONG = "stereo.wav", "long.wav"
 def clips(stetholm):
     "A second of 44.1 kHz stereo and 40 seconds of 8 kHz, in the command's folder"
     rng = np.random.default_rng(0)
-    soundfile.write(stetholm.cwd/STEREO, .1*rng.standard_normal((44_100, 2)), 44_100)
+    soundfile.write(stetholm.cwd/STEREO, .1*rng.standard_normal((44_100, 1)).repeat(2, 1), 44_100)
     soundfile.write(stetholm.cwd/LONG, .1*rng.standard_normal(320_000), 8_000)
     return stetholm
 
@@ -287,7 +287,43 @@ BAD_CLIPS = {
     "text": (lambda p: p.write_text("hello"), "is not a readable audio file"),
     "missing": (lambda p: None, "no audio file at"),
     "without samples": (lambda p: soundfile.write(p, np.zeros(0), 8_000), "holds no samples"),
+    "of a phone": (lambda p: p.write_bytes(b"\0\0\0\x1cftypM4A \0\0\0\0" + bytes(999)), "it is MPEG-4 audio, m4a; convert it with `ffmpeg -i bad.wav bad-converted.wav`"),
+    "silent": (lambda p: soundfile.write(p, np.zeros((9_000, 2)), 8_000), "is digital silence: nothing can be said about it"),
 }
+
+def half_an_mp3(path):
+    soundfile.write(path.with_suffix(".mp3"), .1*np.random.default_rng(0).standard_normal(80_000), 8_000)
+    path.write_bytes(path.with_suffix(".mp3").read_bytes()[:20_000])
+
+def test_ask_tells_what_is_unusual_about_a_clip(clips, smoke_run):
+    wave = .1*np.random.default_rng(0).standard_normal(40_000)
+    soundfile.write(clips.cwd/"opposite.wav", np.stack([wave, -wave], 1), 8_000)
+    soundfile.write(clips.cwd/"left.wav", wave, 8_000)
+    raw = (clips.cwd/"left.wav").read_bytes()
+    (clips.cwd/"stream.wav").write_bytes(raw[:40] + b"\xff"*4 + raw[44:])
+    done = clips("ask", "opposite.wav", "stream.wav", "Which one is abnormal?", "--model", smoke_run.folder/"dpo")
+    notes, one = done.stderr.splitlines(), [line.split()[1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")]
+    assert done.returncode == 0 and len(notes) == 2 and one[0] == one[1], "the left channel is the other clip"
+    assert notes[0].startswith("note: opposite.wav: its 2 channels differ") and "all 80,000 are read" in notes[1]
+
+
+def test_scan_keeps_what_is_unusual_and_refuses_what_ask_refuses(clips, smoke_run):
+    wave = .1*np.random.default_rng(0).standard_normal(40_000)
+    for i in range(3): soundfile.write(clips.cwd/f"{i}.wav", (i + 1)*wave/3, 8_000)
+    raw = (clips.cwd/"0.wav").read_bytes()
+    (clips.cwd/"0.wav").write_bytes(raw[:4] + b"\x24\xf0\xff\x7f" + raw[8:40] + b"\0\xf0\xff\x7f" + raw[44:])
+    (clips.cwd/"3.m4a").write_bytes(b"\0\0\0\x1cftypM4A \0\0\0\0" + bytes(999))
+    half_an_mp3(clips.cwd/"4.wav")
+    (clips.cwd/"t.csv").write_text("path,labels,domain\n0.wav,normal,heart\n1.wav,murmur,heart\n2.wav,normal,heart\n3.m4a,normal,heart\n4.wav,normal,heart\n")
+    refused(clips("data", "scan", "folder", "."), 2, "row 5", "m4a", "ffmpeg -i")
+    asked = clips("ask", "4.wav", "Is there a murmur?", "--model", smoke_run.folder/"dpo")
+    assert asked.returncode == 2 and "4.wav is cut short" in asked.stderr.splitlines()[-1]  # after a line of the decoder's own
+    done = clips("data", "scan", "folder", ".", "--skip-bad")
+    assert done.returncode == 0 and "1 with a fault that was mended, the first: folder_0: its header announces" in done.stdout, done.stderr
+    assert "cut short" in pd.read_csv(clips.cwd/"recordings.bad.csv").fault[1]
+    table = pd.read_parquet(clips.cwd/"recordings.parquet")
+    assert table.duration_s.tolist() == [5.]*3
+
 
 @pytest.mark.parametrize("make, match", BAD_CLIPS.values(), ids=list(BAD_CLIPS))
 def test_ask_names_the_clip_it_cannot_read(clips, smoke_run, make, match):

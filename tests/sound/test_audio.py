@@ -1,6 +1,9 @@
-"The front end on real recordings against librosa, how fast it is, the cache of features, and what augmentations draw"
+"Files as users have them, the front end on real recordings against librosa, the cache of features, and what augmentations draw"
 import dataclasses
+import shlex
+import struct
 import time
+import tracemalloc
 
 import librosa
 import numpy as np
@@ -9,13 +12,16 @@ import pytest
 import soundfile
 import torch
 
-from stetholm.sound import features
-from stetholm.sound.audio import load_audio, log_mel, read_audio, recording_features, recording_windows
-from stetholm.sound.features import FeatureCache
-from stetholm.sound.augmentations import DEGRADATIONS, augment, degrade
 from stetholm.core.config import PROFILES, StethoError
 from stetholm.core.files import file_hash
-from stetholm.sound.features import make_features
+from stetholm.data.fingerprints import measure_sounds
+from stetholm.data.recordings import audio_header
+from stetholm.model.processor import StethoLMFeatureExtractor
+from stetholm.sound import features
+from stetholm.sound.audio import load_audio, log_mel, recording_features, recording_windows
+from stetholm.sound.augmentations import DEGRADATIONS, augment, degrade
+from stetholm.sound.features import FeatureCache, make_features
+from stetholm.sound.reading import AudioFile, AudioNote, read_audio
 
 SMOKE, MINI, PAPER = (PROFILES[n] for n in ("smoke", "mini", "paper"))
 
@@ -103,7 +109,7 @@ def made(table, p, tmp_path, name):
 def test_second_run_reads_the_cache_and_no_recording(table, tmp_path, monkeypatch):
     first, said = made(table, SMOKE, tmp_path, "first")
     assert said == "features: 0 recordings out of the cache, 4 made"
-    monkeypatch.setattr(soundfile, "read", lambda *_, **__: pytest.fail("a recording was read again"))
+    monkeypatch.setattr(soundfile, "SoundFile", lambda *_, **__: pytest.fail("a recording was read again"))
     monkeypatch.setattr(torch.fft, "rfft", lambda *_: pytest.fail("features were made again"))
     second, said = made(table, SMOKE, tmp_path, "second")
     assert said == "features: 4 recordings out of the cache, 0 made"
@@ -167,7 +173,7 @@ def test_unreadable_recording_is_named(table, tmp_path):
 
 
 @pytest.mark.parametrize("name, damage, why", [("empty.wav", lambda raw: b"", "is empty"), ("text.wav", lambda raw: b"hello", "not a readable audio file"), ("cut.wav", lambda raw: raw[:3000], "cut short"),
-                                               ("cut.flac", lambda raw: raw[:3000], "not a readable audio file"), ("text.mp3", lambda raw: b"hello", "not a readable audio file"), ("text.ogg", lambda raw: b"hello", "not a readable audio file")])
+                                               ("cut.flac", lambda raw: raw[:3000], "cut short"), ("cut.mp3", lambda raw: raw[:len(raw)//2], "cut short"), ("text.mp3", lambda raw: b"hello", "not a readable audio file"), ("text.ogg", lambda raw: b"hello", "not a readable audio file")])
 def test_bad_file_is_refused_in_one_line(tmp_path, name, damage, why):
     path = tmp_path/name
     soundfile.write(path, .1*np.random.default_rng(0).standard_normal(8000), 8000)
@@ -182,6 +188,157 @@ def test_samples_that_are_not_numbers_are_refused(tmp_path):
     wave[50] = np.inf
     soundfile.write(tmp_path/"inf.wav", wave, 8000, subtype="FLOAT")
     with pytest.raises(StethoError, match="not numbers"): read_audio(tmp_path/"inf.wav")
+
+
+# files as users have them
+
+def sound(seconds=10., rate=8000, seed=0):
+    "Noise that comes and goes"
+    t = np.arange(int(seconds*rate))/rate
+    return (.2*np.random.default_rng(seed).standard_normal(len(t))*(1.1 + np.sin(2*np.pi*t))).clip(-.9, .9).astype(np.float32)
+
+
+def every_reader(path):
+    "(seconds, notes) of the scan, the hash and notes of the audit, the windows of training and of a question: one function reads them all"
+    seconds, _, notes = audio_header(path)
+    measures, = measure_sounds([path])
+    windows = recording_windows(path, SMOKE)
+    extract = StethoLMFeatureExtractor(*(getattr(SMOKE, f) for f in ("sample_rate", "n_mels", "fmin", "fmax", "n_fft", "hop", "window_s", "max_windows")))
+    if notes:
+        with pytest.warns(AudioNote) as warned: asked = extract(path)
+        assert [str(w.message) for w in warned] == [f"{path}: {note}" for note in notes]
+    else: asked = extract(path)
+    assert measures.notes == notes and torch.equal(asked, log_mel(SMOKE)(torch.from_numpy(windows)))
+    return seconds, notes, measures, windows
+
+
+def patched(raw, riff=None, data=None):
+    "A WAV file with other lengths in its header"
+    at = raw.index(b"data") + 4
+    if riff is not None: raw = raw[:4] + struct.pack("<I", riff) + raw[8:]
+    return raw if data is None else raw[:at] + struct.pack("<I", data) + raw[at + 4:]
+
+
+STREAMS = {"ffmpeg": (2**32 - 1, 2**32 - 1), "sox": (0x7FFFF024, 0x7FFFF000), "arecord": (0x80000024, 0x80000000), "largest int": (2**31 - 1, 2**31 - 1), "rounded down": (2**32 - 1, 0xFFFF0000),
+           "zeros": (0, 0), "stopped at once": (36, 0), "endless and zero": (2**32 - 1, 0)}
+
+@pytest.mark.parametrize("kind", [dict(subtype="PCM_24"), dict(subtype="FLOAT"), dict(subtype="PCM_U8", format="WAVEX"), dict(subtype="IMA_ADPCM")], ids=lambda k: k["subtype"])
+@pytest.mark.parametrize("name", STREAMS)
+def test_all_of_a_stream_is_read_whatever_its_header_says(tmp_path, name, kind):
+    good, path = tmp_path/"good.wav", tmp_path/"stream.wav"
+    channels = 1 if "ADPCM" in kind["subtype"] else 2
+    soundfile.write(good, np.stack([sound(3)]*channels, 1), 8000, **kind)
+    path.write_bytes(patched(good.read_bytes(), *STREAMS[name]))
+    with AudioFile(path) as f, AudioFile(good) as g:
+        assert np.array_equal(f.read(), g.read()) and g.notes == [] and len(f.notes) == 1 and "announces" in f.notes[0]
+
+
+def test_the_length_of_the_file_as_that_of_the_samples(tmp_path):
+    soundfile.write(tmp_path/"a.wav", sound(3), 8000)
+    raw = (tmp_path/"a.wav").read_bytes()
+    for length in (len(raw), len(raw) - 8):
+        (tmp_path/"b.wav").write_bytes(patched(raw, data=length))
+        seconds, notes, *_ = every_reader(tmp_path/"b.wav")
+        assert seconds == 3 and len(notes) == 1
+
+
+@pytest.mark.parametrize("format", ["WAV", "WAVEX", "RF64"])
+@pytest.mark.parametrize("lost", [2, 46, 1000, 40_000])
+def test_a_copy_that_was_interrupted_is_refused(tmp_path, format, lost):
+    path = tmp_path/"a.wav"
+    soundfile.write(path, sound(3), 8000, format=format)
+    assert audio_header(path) == (3., {"sample_rate": 8000}, [])
+    path.write_bytes(path.read_bytes()[:-lost])
+    for reader in (audio_header, read_audio, lambda p: recording_windows(p, SMOKE)):
+        with pytest.raises(StethoError, match="cut short"): reader(path)
+    assert measure_sounds([path]) == [None]
+
+
+@pytest.mark.parametrize("format", ["W64", "AIFF", "CAF", "AU"])
+def test_other_containers_are_read_as_before(tmp_path, format):
+    soundfile.write(tmp_path/"a", sound(3), 8000, format=format)
+    assert np.array_equal(read_audio(tmp_path/"a")[0], soundfile.read(tmp_path/"a", dtype="float32")[0])
+
+
+def test_what_follows_the_announced_end_is_told(tmp_path):
+    path = tmp_path/"a.wav"
+    soundfile.write(path, sound(3), 8000)
+    path.write_bytes(path.read_bytes() + (10_000*np.ones(24_000)).astype("<i2").tobytes())
+    seconds, notes, *_ = every_reader(path)
+    assert seconds == 3 and "3.0 s follow" in notes[0]
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("rate, channels", [(44_100, 1), (16_000, 2), (8000, 1)])
+def test_an_mp3_that_does_not_say_its_length_is_read_to_its_end(tmp_path, mode, rate, channels):
+    path, wave = tmp_path/"a.mp3", sound(12, rate)*(np.arange(12*rate) < 4*rate) + sound(12, rate, 1)/50
+    soundfile.write(path, np.stack([wave]*channels, 1), rate, bitrate_mode=mode, compression_level=.5)
+    whole, notes, *_ = every_reader(path)
+    raw = path.read_bytes()
+    at = next(i for i in range(4, len(raw)) if raw[i:i + 2] == raw[:2] and raw[i + 2] & 12 == raw[2] & 12)  # the frame after the one that has the length
+    path.write_bytes(b"ID3\x03\0\0\0\0\0\x0a" + bytes(10) + raw[at:] + b"TAG".ljust(128))
+    seconds, counted, *_ = every_reader(path)
+    assert whole == 12 and notes == [] and 12 <= seconds < 12.3 and len(counted) == 1 and "counted" in counted[0]
+
+
+def test_a_file_of_another_kind_says_what_it_is_and_how_to_convert_it(tmp_path):
+    marks = {"memo.m4a": (b"\0\0\0\x20ftypM4A \0\0\0\0", "m4a"), "memo.mp4": (b"\0\0\0\x20ftypisom", "MPEG-4"), "a.3gp": (b"\0\0\0\x18ftyp3gp5", "3GP"), "a.amr": (b"#!AMR\n", "AMR"), "a.webm": (b"\x1aE\xdf\xa3", "WebM"),
+             "a.wma": (b"0&\xb2u\x8ef\xcf\x11\xa6\xd9", "wma"), "a.aac": (b"\xff\xf1\x50\x80\x02\x1f\xfc", "AAC"), "my clip.wav": (b"\0\0\0\x20ftypM4A ", "m4a")}
+    for name, (mark, kind) in marks.items():
+        (tmp_path/name).write_bytes(mark + bytes(3000))
+        for reader in (audio_header, read_audio):
+            with pytest.raises(StethoError, match=f"it is .*{kind}") as refused: reader(tmp_path/name)
+            command = str(refused.value).split("`")[1]
+            assert shlex.split(command) == ["ffmpeg", "-i", str(tmp_path/name), str(tmp_path/("my clip-converted.wav" if name == "my clip.wav" else f"{name.split('.')[0]}.wav"))]
+    (tmp_path/"pointer.wav").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 80044\n")
+    with pytest.raises(StethoError, match="git lfs pull"): read_audio(tmp_path/"pointer.wav")
+
+
+def test_channels_that_differ_are_not_averaged_by_any_reader(tmp_path):
+    path, left = tmp_path/"a.wav", sound(12, 4000)
+    t = np.arange(len(left))/4000
+    others = {"cancels": -left, "is silent": 0*left, "is an ECG": .9*np.sin(2*np.pi*1.1*t)**31, "is a room": sound(12, 4000, 1)/3}
+    for name, right in others.items():
+        for order, used in (((left, right), 1), ((right, left), 2 if name != "cancels" else 1)):
+            soundfile.write(path, np.stack(order, 1), 4000, subtype="FLOAT")
+            seconds, notes, measures, windows = every_reader(path)
+            assert len(notes) == 1 and f"channel {used} alone" in notes[0], name
+            assert np.array_equal(read_audio(path)[0], order[used - 1].astype(np.float32)) and measures.peak > .5
+            assert np.array_equal(windows[0], order[used - 1].astype(np.float32)[:20_000])
+
+
+def test_channels_of_one_sound_are_averaged_as_before(tmp_path):
+    path, wave = tmp_path/"a.wav", sound(12)
+    both = np.stack([wave, .5*wave + .02*sound(12, seed=1)], 1)
+    soundfile.write(path, both, 8000, subtype="FLOAT")
+    assert every_reader(path)[1] == [] and np.array_equal(read_audio(path)[0], both.astype(np.float32).mean(1))
+
+
+def test_memory_and_reading_do_not_grow_with_the_length_of_a_recording(tmp_path, monkeypatch):
+    def peak(f):
+        tracemalloc.start()
+        f()
+        try: return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    paths = {}
+    for minutes in (4, 16):
+        paths[minutes] = tmp_path/f"{minutes}.wav"
+        soundfile.write(paths[minutes], np.stack([np.resize(sound(60, 5000), minutes*60*5000)]*2, 1), 5000)
+    for read in (lambda p: recording_windows(p, SMOKE), lambda p: measure_sounds([p]), audio_header):
+        read(paths[4])
+        assert peak(lambda: read(paths[16])) < 1.2*peak(lambda: read(paths[4])) + 2e6
+    read, counted = soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, n, **how: counted.append(n) or read(self, n, **how))
+    recording_windows(paths[16], SMOKE)
+    assert sum(counted) < 150*5000, "of 16 minutes the two that the channels are compared by, and the windows"
+
+
+def test_windows_of_a_long_recording_are_those_of_the_whole(tmp_path):
+    for rate, tolerance in ((4000, 0), (8000, 1e-6), (44_100, 1e-6), (2000, 1e-6)):
+        path, wave = tmp_path/f"{rate}.wav", np.resize(sound(7, rate), 200*rate + 123)
+        soundfile.write(path, wave, rate)
+        size = int(SMOKE.window_s*SMOKE.sample_rate)
+        assert abs(recording_windows(path, SMOKE) - features.windows(load_audio(path, SMOKE.sample_rate), size, SMOKE.max_windows)).max() <= tolerance
 
 
 @pytest.fixture
