@@ -85,8 +85,8 @@ def make_pack(
     single = faults[~faults.duplicated(["source", "fault"], keep=False)]
     for f in single.head(20).itertuples(): print(f"missing: {f.recording_id}: {f.fault}")
     if len(faults):
-        raise StethoError(f"{name} in {folder} is not whole: {len(faults)} clips are missing, listed in {Path(folder)/'missing.csv'}; the same "
-                          f"command tries again, and --from {faults.source.iloc[0]}=FOLDER takes them from a copy of the dataset", 1)
+        raise StethoError(f"{name} in {folder} is not whole: {len(faults)} clips are missing, listed in {folder/'missing.csv'}; the same "
+                          f"command tries again, and `data pack` takes them from a copy: --from {faults.source.iloc[0]}=FOLDER", 1)
     print(f"{name} in {folder} is whole: every sample is that of the manifest")
 
 @data.command("manifest")

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -178,27 +179,30 @@ MAX_UNREACHABLE = 3    # files in a row
 
 class _Originals:
     "The original files of one dataset: in a place that is known, else from the publisher"
-    def __init__(self, source, clips, place, mirror, scratch, session, **options):
-        self.publisher, self.scratch, self.options = PUBLISHERS[source], scratch, options | {"session": session}
+    def __init__(self, source, clips, place, mirror, scratch, **options):
+        self.publisher, self.scratch, self.options = PUBLISHERS[source], scratch, options
         self.address, self.unanswered = mirror or self.publisher.address, 0
-        names = {PurePosixPath(c.publisher_file).name for c in clips}
-        self.found = find_originals(place, names, scratch) if place else {}
-        if self.publisher.archive and not names <= set(self.found):
-            archive = Download(f"{self.address}{self.publisher.archive}", self.publisher.archive)
-            for name, paths in find_originals(download(archive, scratch, **self.options), names, scratch).items():
-                self.found[name] = self.found.get(name, []) + paths
+        self.names = {PurePosixPath(c.publisher_file).name for c in clips}
+        self.found = find_originals(place, self.names, scratch) if place else {}
+        self.archive, self.lock = None, threading.Lock()
 
     def samples(self, clip):
         "Those of a clip. Raises `StethoError` where no file has them."
         name, refused = PurePosixPath(clip.publisher_file).name, []
-        for path in self.found.get(name, []):
-            try: return cut(path.read_bytes(), clip)
-            except StethoError as e: refused.append(f"{path} {e}")
-        try: return self._downloaded(clip)
-        except StethoError as e: raise type(e)("; ".join([*refused, str(e)]), 1) from None
+        def right(paths):
+            for path in paths:
+                try: return cut(path.read_bytes(), clip)
+                except StethoError as e: refused.append(f"{path.name} {e}")
+        samples = right(self.found.get(name, []))
+        if samples is not None: return samples
+        try:
+            if not self.publisher.archive: return self._downloaded(clip)
+            samples = right(self._archived().get(name, []))
+            if samples is not None: return samples
+            raise StethoError(f"{self.address}{self.publisher.archive} has no such file")
+        except StethoError as e: raise StethoError("; ".join([*refused, str(e)]), 1) from None
 
     def _downloaded(self, clip):
-        if self.publisher.archive: raise StethoError(f"{self.publisher.archive} of {self.address} has no such file with the right bytes")
         if self.unanswered >= MAX_UNREACHABLE: raise StethoError(f"not tried, since {self.address} does not answer")
         file = Download(self.address + quote(clip.publisher_file), f"{clip.recording_id}.wav", f"sha256:{clip.original_sha256}")
         try: path = download(file, self.scratch, bar=False, **self.options)
@@ -210,11 +214,21 @@ class _Originals:
         path.unlink()
         return samples
 
+    def _archived(self):
+        "The files of the publisher's archive, which is downloaded once, or asked for once in vain"
+        with self.lock:
+            if self.archive is None:
+                file = Download(self.address + self.publisher.archive, self.publisher.archive)
+                try: self.archive = find_originals(download(file, self.scratch, **self.options), self.names, self.scratch)
+                except StethoError as e: self.archive = e
+        if isinstance(self.archive, StethoError): raise self.archive
+        return self.archive
+
 def _make_clips(folder, source, clips, place, mirror, session, options):
     "Make the clips of one dataset that are missing; yields (clip, fault)"
     scratch = folder/".downloads"/source
     scratch.mkdir(parents=True, exist_ok=True)
-    try: originals = _Originals(source, clips, place, mirror, scratch, session, **options)
+    try: originals = _Originals(source, clips, place, mirror, scratch, session=session, **options)
     except StethoError as e:
         yield from ((clip, str(e)) for clip in clips)
         return

@@ -161,8 +161,8 @@ def join_tables(
             raise StethoError(f"recording {r.recording_id} is in {other} and in {name}: leave one of them out")
         split, other = splits.setdefault(r.patient_id, (r.split, name)) if isinstance(r.split, str) else (r.split, name)
         if split != r.split and other != name:
-            raise StethoError(f"patient {r.patient_id} is in {split} of {other} and in {r.split} of {name}: a patient belongs to one split; "
-                              "scan with the same --seed, or leave one of them out")
+            raise StethoError(f"patient {r.patient_id} is in {split} of {other} and in {r.split} of {name}: a patient belongs to one "
+                              "split; scan with the same --seed, or leave one of them out")
     used = joined[joined.split.notna()]
     rows = [r._asdict() | {"extra": json.loads(r.extra)} for r in used[used.sha256.duplicated(keep=False)].itertuples()]
     _leave_out_duplicates(rows)

@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 from stetholm.cli.data_commands import data
 from stetholm.cli.main import recordings_of
 from stetholm.core.config import StethoError
-from stetholm.core.run import open_run
+from stetholm.core.run import is_current, open_run
 from stetholm.data import packs
 from stetholm.data.packs import PUBLISHERS, build_pack, cut, find_originals, is_whole, read_manifest, write_manifest
+from stetholm.data.recordings import RECORDINGS, write_table
 from stetholm.data.sources import scan
 from stetholm.phantom.patients import make_phantom
 
@@ -229,9 +230,13 @@ def test_files_that_are_here_are_not_downloaded(shop):
     Path("mine/circor/deep down/7_AV.wav").write_bytes(b"another version")
     assert command(shop, *places)[0] == 0 and shop["asked"] == ["/circor/training_data/7_AV.wav"]
     shutil.rmtree(MADE)
-    shop["files"] = {}
+    kauh = next(Path("mine/kauh/deep down").iterdir())
+    kauh.write_bytes(b"another version")
+    shop["files"], right, shop["asked"] = {}, shop["files"], []
     code, said = command(shop, *places)
-    assert code == 1 and "7_AV.wav is another file than the clip was cut from" in said and "404" in said
+    assert code == 1 and "7_AV.wav is another file than the clip was cut from" in said and f"{kauh.name} is another file" in said and said.count("404") == 2
+    shop |= {"files": right, "asked": []}
+    assert command(shop, *places)[0] == 0 and is_the_pack(MADE, shop) and sorted(shop["asked"]) == ["/circor/training_data/7_AV.wav", "/kauh/jwyy9np4gv-3.zip"]
 
 
 @pytest.mark.parametrize("words, match", [(("--from", "circor"), "SET=VALUE"), (("--from", "circor=nowhere"), "no folder or archive of circor at nowhere"), (("--from", "icbhi=."), "nothing of 'icbhi'")])
@@ -293,27 +298,25 @@ def two(tmp_path):
     return first, second
 
 
-def test_packs_and_tables_are_joined_with_the_checks_of_one(stetholm, two):
-    first, second = two
-    assert stetholm("data", "scan", "phantom", second, "-o", "second.parquet").returncode == 0
-    done = stetholm("data", "join", first, "second.parquet", "-o", "both.parquet")
-    assert done.returncode == 0 and done.stdout.startswith("40 recordings"), done.stderr
-    both = pd.read_parquet(stetholm.cwd/"both.parquet")
-    assert both.recording_id.tolist() == [*scan("phantom", first).recording_id, *scan("phantom", second).recording_id]
-    done = stetholm("data", "join", first, first, "second.parquet")
-    assert done.returncode == 2 and "named twice" in done.stderr
-    copied = stetholm("data", "join", first, shutil.copytree(first, stetholm.cwd/"copy"))
-    assert copied.returncode == 2 and f"is in {first} and in {stetholm.cwd/'copy'}: leave one of them out" in copied.stderr
+def test_packs_and_tables_are_joined_with_the_checks_of_one(two, tmp_path):
+    (first, second), table, both = two, tmp_path/"second.parquet", tmp_path/"both.parquet"
+    def join(*places):
+        done = CliRunner().invoke(data, ["join", *map(str, places), "-o", str(both)])
+        return done.output if done.exit_code == 0 else str(done.exception)
+    write_table(scan("phantom", second), table, RECORDINGS)
+    assert join(first, table).startswith("40 recordings")
+    assert pd.read_parquet(both).recording_id.tolist() == [*scan("phantom", first).recording_id, *scan("phantom", second).recording_id]
+    assert "named twice" in join(first, first, second)
+    assert f"is in {first} and in {tmp_path/'copy'}: leave one of them out" in join(first, shutil.copytree(first, tmp_path/"copy"))
     meta = pd.read_csv(first/"metadata.csv", dtype=str, keep_default_na=False)
     patient = meta[meta.split == "train"].patient_id.iloc[0]
     other = pd.read_csv(second/"metadata.csv", dtype=str, keep_default_na=False)
     other.loc[other.split == "test", "patient_id"] = patient
     other.to_csv(second/"metadata.csv", index=False)
-    done = stetholm("data", "join", first, second)
-    assert done.returncode == 2 and f"patient {patient} is in train of {first} and in test of {second}" in done.stderr
+    assert f"patient {patient} is in train of {first} and in test of {second}" in join(first, second)
 
 
-def test_the_study_takes_several_recordings(stetholm, two):
+def test_the_study_takes_several_recordings(stetholm, two, monkeypatch):
     first, second = two
     done = stetholm("reproduce", "--profile", "smoke", "--recordings", f"{first} '{second}'", "--until", "audit")
     run = stetholm.runs/"smoke-one+two words"
@@ -321,10 +324,9 @@ def test_the_study_takes_several_recordings(stetholm, two):
     note = json.loads((run/"run.json").read_text())
     assert note["recordings"]["data"] == "one+two words" and note["recordings_path"] == [str(first.resolve()), str(second.resolve())]
     assert len(pd.read_parquet(run/"recordings.parquet")) == 40
-    again = stetholm("reproduce", "--profile", "smoke", "--recordings", first, "--recordings", second, "--until", "audit")
-    assert again.returncode == 0 and "up to date" in again.stdout
-    other = stetholm("reproduce", "--profile", "smoke", "--recordings", second, "--run", "smoke-one+two words", "--until", "audit")
-    assert other.returncode == 2 and "made from other recordings (one+two words)" in other.stderr
+    monkeypatch.setenv("STETHOLM_RUNS", str(stetholm.runs))
+    assert is_current(open_run("smoke", recordings=recordings_of([str(first), str(second)])), "audit")
+    with pytest.raises(StethoError, match="made from other recordings .one.two words."): open_run("smoke", run.name, str(second))
 
 
 # the manifests that are committed
