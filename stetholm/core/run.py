@@ -34,42 +34,53 @@ def runs_folder() -> Path:
     return Path(os.environ.get("STETHOLM_RUNS") or package_folder().parent/"runs")
 
 # %% ../../nbs/core/04_run.ipynb #00-006
+def _listed(recordings): return [recordings] if isinstance(recordings, (str, Path)) else list(recordings or ())
+
 class Run:
     "A folder with everything one run made, the profile it was made with, and the recordings it was made from"
     def __init__(self,
         folder:Path,            # the run's own folder; made if missing
         profile:Profile,        # what it is made with
-        recordings:Path=None):  # real recordings: folder in the layout of stetho-mini, or table of `data scan`; None: phantoms
+        recordings=None):       # real ones: folder in the layout of stetho-mini, table of `data scan`, or a list of these; None: phantoms
         self.folder, self.profile, self.name = Path(folder), profile, Path(folder).name
-        self.recordings = path = Path(recordings).expanduser().resolve() if recordings else None
-        self.data = "phantom" if path is None else path.stem if path.is_file() else path.name
+        self.recordings = tuple(Path(r).expanduser().resolve() for r in _listed(recordings))
+        self.data = "+".join(p.stem if p.is_file() else p.name for p in self.recordings) or "phantom"
 
     def __repr__(self): return f"Run({self.name!r}, profile={self.profile.name!r}, data={self.data!r})"
     def __truediv__(self, name): return self.folder/name
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        "Hash of the recordings folder: names, sizes, and the contents of its tables"
-        return _fingerprint(self.recordings)
+        "Hash of the recordings folder: names, sizes, and the contents of its tables; of several, the hash of their hashes"
+        if len(self.recordings) < 2: return _fingerprint(*self.recordings or [None])
+        return hashlib.sha256("".join(map(_fingerprint, self.recordings)).encode()).hexdigest()
 
     @property
     def synthetic(self) -> bool:
         "Whether the recordings are made up"
-        return self.recordings is None
+        return not self.recordings
+
+    @property
+    def recordings_path(self):
+        "The recordings as `open_run` takes them: None, a path, or a list of paths"
+        paths = [str(r) for r in self.recordings]
+        return paths if len(paths) > 1 else paths[0] if paths else None
 
 # %% ../../nbs/core/04_run.ipynb #00-008
 def open_run(
     profile:str="smoke",   # smoke, mini or paper
     run:str=None,          # run folder's name; None: <profile>-<data>
-    recordings:str=None,   # folder or table of real recordings; None: the phantom corpus
+    recordings=None,       # folder or table of real recordings, or a list of them; None: the phantom corpus
     overrides:dict=None,   # profile fields to change
 ) -> Run:
     "The run of that name, made if it is new. Raises `StethoError` if the folder belongs to other recordings."
     chosen = get_profile(profile, overrides)
-    path = Path(recordings).expanduser() if recordings is not None else None
-    if path and not path.is_dir() and not (path.is_file() and path.suffix == ".parquet"):
-        raise StethoError(f"no folder of recordings, or .parquet table of them, at {recordings}: give --recordings one that exists")
+    for given in _listed(recordings):
+        path = Path(given).expanduser()
+        if not path.is_dir() and not (path.is_file() and path.suffix == ".parquet"):
+            raise StethoError(f"no folder of recordings, or .parquet table of them, at {given}: give --recordings one that exists")
     r = Run(Path("unnamed"), chosen, recordings)
+    if len(set(r.recordings)) < len(r.recordings): raise StethoError(f"--recordings names one of {r.data} twice: name each once")
     name = run or f"{chosen.name}-{r.data}"
     if Path(name).name != name or name.startswith("."): raise StethoError(f"run name {name!r} must be a plain folder name")
     r = Run(runs_folder()/name, chosen, recordings)
@@ -96,7 +107,7 @@ def reproduce_command(
 ) -> str:
     "The command that runs the stages of a run, quoted for a shell"
     words, usual = ["stetholm", "reproduce", "--profile", run.profile.name, "--run", run.name], asdict(PROFILES[run.profile.name])
-    if run.recordings: words += ["--recordings", str(run.recordings)]
+    for path in run.recordings: words += ["--recordings", str(path)]
     for k, v in asdict(run.profile).items():
         if v != usual[k]: words += ["--set", f"{k}={v}"]
     return shlex.join([*words, *more])
@@ -115,7 +126,7 @@ def _write_note(run, **stages):
     "`run.json`: how the run is made now, and the stamps of its stages"
     write_json(run/"run.json", {
         "stages": run_note(run.folder)["stages"] | stages, "recordings": _identity(run),
-        "recordings_path": str(run.recordings) if run.recordings else None, "profile": asdict(run.profile),
+        "recordings_path": run.recordings_path, "profile": asdict(run.profile),
         "versions": versions(), "hardware": hardware(), "git_commit": git_commit()})
 
 # %% ../../nbs/core/04_run.ipynb #00-010

@@ -12,8 +12,8 @@ from ..core.files import write_whole
 from ..core.run import Run, stage
 from ..data.card import write_card
 from ..data.checks import audit_sounds, audit_table, check_recordings
-from ..data.recordings import RECORDINGS, read_table, write_table
-from ..data.sources import scan
+from ..data.recordings import RECORDINGS, write_table
+from ..data.sources import read_recordings, scan
 from ..phantom.patients import make_phantom
 
 # %% ../../nbs/study/0_audit.ipynb #04-012
@@ -24,8 +24,7 @@ def audit(
     "Stage 0: the recordings table, checked. Raises `StethoError` on the first error among its faults."
     p = run.profile
     if run.synthetic: table = scan("phantom", make_phantom(run/"phantom", p.phantom_patients, p.seed))
-    elif run.recordings.is_file(): table = read_table(run.recordings, RECORDINGS)
-    else: table = scan("stetho-mini", run.recordings)
+    else: table = read_recordings(run.recordings)
     faults = audit_table(table)
     check_recordings(faults)
     faults = pd.concat([faults, audit_sounds(table)], ignore_index=True)

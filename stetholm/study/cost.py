@@ -227,7 +227,7 @@ def measure_apart(
 ) -> dict:        # what it measured
     "A measurement in a process of its own. Raises `StethoError` if that fails."
     fields = {k: v for k, v in vars(run.profile).items() if k != "name"}
-    words = json.dumps([what, number, run.profile.name, run.name, str(run.recordings) if run.recordings else None, fields])
+    words = json.dumps([what, number, run.profile.name, run.name, run.recordings_path, fields])
     done = subprocess.run([sys.executable, "-m", "stetholm.study.cost", words], capture_output=True, text=True, encoding="utf-8")
     if done.returncode: raise StethoError(f"benchmark {what!r} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}", 1)
     return json.loads(done.stdout.splitlines()[-1])

@@ -57,7 +57,7 @@ def test_help_names_every_command_within_half_a_second(stetholm):
     assert min(seconds for seconds, _ in tries) < .5
 
 
-@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data scan", "data join", "data audit", "synthesize", "evaluate", "answer", "score", "ablate", "objectives", "publish"])
+@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data pack", "data manifest", "data scan", "data join", "data audit", "synthesize", "evaluate", "answer", "score", "ablate", "objectives", "publish"])
 def test_every_command_has_help(stetholm, command):
     done = stetholm(*command.split(), "--help")
     assert done.returncode == 0 and f"stetholm {command}" in done.stdout and not done.stderr
