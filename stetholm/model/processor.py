@@ -27,7 +27,7 @@ def _decoded(audio, sample_rate):
         return samples.data, samples.sample_rate
     if isinstance(audio, dict):
         if {"array", "sampling_rate"} <= set(audio): return audio["array"], audio["sampling_rate"]
-        raise StethoError(f"a dictionary with {', '.join(map(str, audio))} is no recording: give array and sampling_rate, as `datasets` does")
+        raise StethoError(f"a dictionary with {', '.join(map(str, audio))} is no recording: give array and sampling_rate")
     return audio, sample_rate
 
 # %% ../../nbs/model/04_processor.ipynb #19542696
