@@ -8,6 +8,7 @@ __all__ = ['CAUSES', 'UNUSUAL_AGE', 'AREA_MATCH', 'LIFELONG', 'POINTS_TO', 'Caus
 
 # %% ../../nbs/bench/01_differential.ipynb #imports
 import math
+from functools import cache
 from typing import NamedTuple
 
 from .facts import Facts
@@ -81,6 +82,7 @@ CAUSES = {c.name: c for c in [
 ]}
 
 # %% ../../nbs/bench/01_differential.ipynb #explains
+@cache
 def _rank(cause, term):
     "Place of the finding among those of the cause, or None"
     fits = lambda of: of == term or term == FINDINGS[term].family == FINDINGS[of].family
@@ -137,22 +139,27 @@ def _ranked(f):
     labelled = labelled_cause(f)
     return sorted(candidates, key=lambda c: (c is not labelled, -_score(c, f)))
 
+def _leading(ranked, f):
+    "Of ranked candidates, for each organ with findings the first that explains one of them"
+    of_organ = {}
+    for t in f.findings: of_organ.setdefault(FINDINGS[t].domain, []).append(t)
+    first = {next(c.name for c in ranked if any(explains(c, t) for t in found)) for found in of_organ.values()}
+    return [c for c in ranked if c.name in first]
+
 def likeliest(
     f:Facts,  # of one recording with findings
 ) -> list:    # of Cause: one, or two of a mixture
     "For each organ with findings the cause that is most likely to explain one of them"
-    ranked, organs = _ranked(f), {FINDINGS[t].domain for t in f.findings}
-    of_organ = {o: [t for t in f.findings if FINDINGS[t].domain == o] for o in organs}
-    first = [next(c for c in ranked if any(explains(c, t) for t in found)) for found in of_organ.values()]
-    return [c for c in ranked if c in first]
+    return _leading(_ranked(f), f)
 
 def differential(
     f:Facts,           # of one recording with findings
     max_causes:int=3,  # candidates
 ) -> list:             # of Cause, the likeliest first
     "Ranked candidates for the findings; those of `likeliest` come first"
-    first = likeliest(f)
-    return [*first, *(c for c in _ranked(f) if c not in first)][:max_causes]
+    ranked = _ranked(f)
+    first = _leading(ranked, f)
+    return [*first, *(c for c in ranked if c not in first)][:max_causes]
 
 # %% ../../nbs/bench/01_differential.ipynb #for
 LIFELONG = 90  # years; an age range at least this wide supports nothing

@@ -52,7 +52,7 @@ def _extra_labels(extra):
     inner = labels.pop("findings", None)
     return labels | (json.loads(inner) if isinstance(inner, str) else {})
 
-def _known(value): return None if value is None or value == "" or value != value else value
+def _known(value): return None if value is None or value in ("", "nan") or value != value else value
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-008
 _QUALITY = {"Poor Quality": "poor", "noise": "poor", "clean": "adequate"}

@@ -32,7 +32,7 @@ QUESTIONS["classification"] = {
         "{context}Should I be concerned by what is heard?"],
     "murmur": [
         "Murmur, present or absent?", "{context}Is a murmur present?",
-        "{context}Would you say there is a murmur here?", "Does this heart sound contain a murmur?",
+        "{context}Would you say there is a murmur here?", "Does this {domain} sound contain a murmur?",
         "Classify: murmur present or murmur absent.", "{context}Murmur or no murmur?",
         "I think I hear something between the heart sounds. Is it a murmur?",
         "{context}Please decide between murmur present and murmur absent."],

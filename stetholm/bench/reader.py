@@ -89,8 +89,8 @@ _EXPRESSIONS = {  # tried before the findings
     "range": r"\b(\d+(?:\.\d+)?) ?(?:to|-|–|and) ?(\d+(?:\.\d+)?)(?: ?s\b| ?sec\w*|(?=(?:, | and |, and )from \d))",
     "list": r"(?:^|(?<=[.;] ))\d\.(?= )",
     "louder":
-        r"\blouder (?:in|at|on) (?:the )?(first|second)\b"
-        r"|\b(first|second)(?: recording| one| site)?(?: (?:is|was|sounds))? (?:the )?louder\b",
+        r"\b(?:louder|loudest) (?:in|at|on) (?:the )?(first|second)\b"
+        r"|\b(first|second)(?: recording| one| site)?(?: (?:is|was|sounds))? (?:the )?(?:louder|loudest)\b",
 }
 
 # %% ../../nbs/bench/03_reader.ipynb #words
@@ -496,10 +496,10 @@ def _loudest_faults(claims, rows):
     louder = ("first", "second")[_area_of(rows[1]["site"]) == area]
     places = [c for c in claims if c.kind == "place" and c.what not in ("loudest", "louder")]
     named = [c for c in places if c.what == area]
-    turns = [c for c in claims if c.what == "louder" and c.holds == "yes"]
-    wrong = [Fault("place", c.what, c.about) for c in places if c.what != area]
-    wrong += [Fault("polarity", "loudest", c.about) for c in turns or named if c.about not in (louder, "only")]
-    return wrong or ([] if named or turns else [Fault("dropped", "loudest")])
+    turns = {c.about for c in claims if c.what == "louder" and c.holds == "yes"} or {c.about for c in named} - {"only"}
+    if wrong := [Fault("place", c.what, c.about) for c in places if c.what != area]: return wrong
+    if len(turns) == 1: return [Fault("polarity", "loudest", t) for t in turns - {louder}]
+    return [Fault("dropped", "loudest")] if turns or not named else []
 
 # %% ../../nbs/bench/03_reader.ipynb #leak
 _SOURCE_NAMES = {
