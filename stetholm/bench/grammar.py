@@ -12,8 +12,8 @@ from collections import Counter
 
 import numpy as np
 
-from .differential import POINTS_TO, differential, for_and_against, lobe_of, origin, valve_of
-from .facts import Facts, evidence
+from .differential import POINTS_TO, differential, for_and_against, likeliest, lobe_of, origin, valve_of, years
+from .facts import Facts, agrees, evidence, murmurs, timed_murmurs
 from ..data.vocabulary import FINDINGS
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-005
@@ -32,7 +32,7 @@ QUESTIONS["classification"] = {
         "{context}Should I be concerned by what is heard?"],
     "murmur": [
         "Murmur, present or absent?", "{context}Is a murmur present?",
-        "{context}Would you say there is a murmur here?", "Does this heart sound contain a murmur?",
+        "{context}Would you say there is a murmur here?", "Does this {domain} sound contain a murmur?",
         "Classify: murmur present or murmur absent.", "{context}Murmur or no murmur?",
         "I think I hear something between the heart sounds. Is it a murmur?",
         "{context}Please decide between murmur present and murmur absent."],
@@ -175,7 +175,7 @@ UNANSWERABLE = {  # to what would show it
 DRUGS = ("antibiotic", "diuretic", "inhaler", "beta blocker", "steroid", "painkiller")
 
 # %% ../../nbs/bench/02_grammar.ipynb #words
-def _article(noun): return f"{'an' if re.match('8|11-|18-|[aio]', noun) else 'a'} {noun}"
+def _article(noun): return f"{'an' if re.match('8|11-|18-|[aeio]', noun) else 'a'} {noun}"
 
 def _capital(text): return text[:1].upper() + text[1:]
 
@@ -186,17 +186,15 @@ ADULT = 18  # years
 MONTHS_BELOW = 2  # years; a younger patient's age is given in months
 
 def site_phrase(
-    site:str,    # of a recording
-    domain:str,  # heart or lung
+    site:str,  # of a recording
 ) -> str:
     "A site as a sentence names it"
-    return site if domain == "heart" or any(w in site for w in ("trachea", "margin", "angle")) else f"{site} chest"
+    return f"{site} chest" if re.search("anterior|posterior|lateral", site) else site
 
 def _who(f):
     "The patient in words, or None"
     if f.age is None: return {"Female": "woman", "Male": "man"}.get(f.sex) if f.sex else None
-    try: age = float(f.age)
-    except ValueError: return f"{f.sex.lower()} {f.age.lower()}" if f.sex else f.age.lower()
+    if (age := years(f.age)) is None: return f"{f.sex.lower()} {f.age.lower()}" if f.sex else f.age.lower()
     noun = {"Female": ("girl", "woman"), "Male": ("boy", "man")}.get(f.sex, ("child", "adult"))[age >= ADULT]
     return f"{round(12*age)}-month-old {noun}" if age < MONTHS_BELOW else f"{int(age)}-year-old {noun}"
 
@@ -206,7 +204,7 @@ def context(
     rng:np.random.Generator,  # chooses what is mentioned, and how
 ) -> str:
     "What a user may know and type (age, sex, site, stethoscope): a sentence and a space, or nothing"
-    who, site = _who(f), f.site and site_phrase(f.site, f.domain)
+    who, site = _who(f), f.site and site_phrase(f.site)
     forms = [
         who and f"{_capital(who)}. ",
         who and f"The patient is {_article(who)}. ",
@@ -228,16 +226,17 @@ def _name(family): return FINDINGS[family].phrase if family in FINDINGS else f"a
 def _bare(name): return name.removeprefix("a ").removeprefix("an ")
 
 def _spread_at(f):
-    if len(f.heard_at) == len(POINTS_TO): return "at all 4 areas"
+    if {valve_of(s) for s in f.heard_at} == set(POINTS_TO): return f"at all {len(POINTS_TO)} areas"
     return _list([f"at the {p}" for p in f.heard_at]) if f.heard_at else ""
 
 def _fill(known, family, about):
     "Words for the placeholders of a form, but for `context`"
     f, finding, be = known[0], _name(family) if family else "", "are" if family in _PLURAL else "is"
-    places = [k.site and site_phrase(k.site, k.domain) for k in known]
-    return {"domain": f.domain, "place": places[0], "place2": places[-1], "loudest": f.loudest, "spread": _spread_at(f),
+    places = [k.site and site_phrase(k.site) for k in known]
+    of = {"heart": "of the heart cycle", "lung": "of breathing"}
+    return {"domain": " and ".join(f.organs), "place": places[0], "place2": places[-1], "loudest": f.loudest, "spread": _spread_at(f),
             "finding": finding, "bare": _bare(finding), "Bare": _capital(_bare(finding)), "is": be, "Is": _capital(be),
-            "of": {"heart": "of the heart cycle", "lung": "of breathing"}[f.domain],
+            "of": " or ".join(of[organ] for organ in f.organs),
             "about": about, "other": about, "drug": about, "a_drug": about and _article(about)}
 
 def ask(
@@ -261,7 +260,7 @@ def hide_unstated(
 ) -> list:         # the same Facts, unknown where the question does not state them
     "What an answer may rely on: what is audible, and what the question states"
     text = question.lower()
-    stated = [f.site is not None and site_phrase(f.site, f.domain).lower() in text for f in known]
+    stated = [f.site is not None and site_phrase(f.site).lower() in text for f in known]
     out = []
     for f, has_site in zip(known, stated):
         age = f.age if f.age is not None and _who(f) in text else None
@@ -279,7 +278,8 @@ def finding_phrase(
     phases = [p for of, p in f.phases if of == family]
     # beside other findings, "in expiration" could refer to all of them
     if phases and (len(f.findings) > 1 or rng.random() < .5):
-        return f"{' and '.join(p.removesuffix('ion') + 'ory' for p in phases)} {phrase}"
+        timing = " and ".join(p.removesuffix("ion") + "ory" for p in phases)
+        return f"{timing} {phrase}" if phrase == _bare(phrase) else _article(f"{timing} {_bare(phrase)}")
     if phases: return f"{phrase} in {' and '.join(phases)}"
     if family != "murmur": return phrase
     forms = {"grade": "grade {} of 6", "pitch": "{} in pitch", "shape": "{} in shape"}
@@ -291,32 +291,35 @@ def findings_phrase(
 ) -> str:
     "The findings as a phrase"
     if f.findings: return _list([FINDINGS[t].phrase if rng is None else finding_phrase(t, f, rng) for t in f.findings])
+    if f.organs == ("heart", "lung"): return "no wheezes, crackles or murmur"
     if f.domain == "lung": return "no wheezes or crackles"
     return "no murmur" if set(f.looked_for) <= {"murmur"} else "no murmur or added sounds"
 
 # %% ../../nbs/bench/02_grammar.ipynb #be
 _NORMAL_SOUNDS = {"heart": "first and second heart sounds", "lung": "vesicular breath sounds"}
 
+def _normal_sounds(f): return " and ".join(_NORMAL_SOUNDS[organ] for organ in f.organs)
+
 def _are(f):
     "is or are, for `findings_phrase`"
-    if not f.findings: return "is" if f.domain == "heart" else "are"
+    if not f.findings: return "is" if f.organs == ("heart",) else "are"
     return "is" if len(f.findings) == 1 and FINDINGS[f.findings[0]].family not in _PLURAL else "are"
 
 def _be(words): return "is" if len(words) == 1 and not words[0].split(" in ")[0].endswith(("s", "rhonchi")) else "are"
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-011
 def _verdict(f, pick, rng):
-    if f.findings is None:
+    if f.findings is None or not agrees(f):
         word = f.binary.capitalize()
         return pick(f"{word}.", f"{word}.", f"This is {_article(f.binary)} recording.")
     it = findings_phrase(f)
     if f.findings: return pick(f"Abnormal: {it}.", f"Abnormal, with {it}.", f"Abnormal: there {_are(f)} {it}.")
-    return pick(f"Normal: {_NORMAL_SOUNDS[f.domain]}, {it}.", f"Normal, with {it}.", f"Normal: {it}.")
+    return pick(f"Normal: {_normal_sounds(f)}, {it}.", f"Normal, with {it}.", f"Normal: {it}.")
 
 def _murmur(f, pick, rng):
-    murmurs = [t for t in f.findings if FINDINGS[t].family == "murmur"]
-    if not murmurs: return pick("Absent: no murmur is heard at this site.", "No, there is no murmur.", "No murmur is heard.")
-    names, graded = _list([FINDINGS[t].phrase for t in murmurs]), _list([finding_phrase(t, f, rng) for t in murmurs])
+    found = murmurs(f)
+    if not found: return pick("Absent: no murmur is heard at this site.", "No, there is no murmur.", "No murmur is heard.")
+    names, graded = _list([FINDINGS[t].phrase for t in found]), _list([finding_phrase(t, f, rng) for t in found])
     return pick(f"Present: {names}.", f"Yes, there is {graded}.", f"Murmur present: {names}.")
 
 def _quality(f, pick, rng):
@@ -363,7 +366,10 @@ def _count(f, pick, rng):
     if not f.findings: return _nothing(f, pick)
     words, parts = {1: "once", 2: "twice"}, []
     for family, n in _tally(f).items():
-        names = list(dict.fromkeys(FINDINGS[t].phrase for t, _, _ in f.events if FINDINGS[t].family == family))
+        kinds = list(dict.fromkeys(t for t, _, _ in f.events if FINDINGS[t].family == family))
+        labelled = [t for t in kinds if t in f.findings]
+        if len(labelled) < len(kinds) and len(labelled) < 2: labelled = [family]  # fine crackles, and crackles of a kind not named
+        names = [FINDINGS[t].phrase for t in labelled]
         name = " and ".join([*(s.rpartition(" ")[0] for s in names[:-1]), names[-1]])  # fine and coarse crackles
         parts.append(f"{name} {words.get(n, f'{n} times')}")
     return _as_sentence("; ".join(parts), pick)
@@ -371,27 +377,34 @@ def _count(f, pick, rng):
 # %% ../../nbs/bench/02_grammar.ipynb #phase
 def _phase(f, pick, rng):
     if not f.findings: return _nothing(f, pick)
-    if f.domain == "lung":
-        parts = []
-        for family in dict(f.phases):
-            names = _list([FINDINGS[t].phrase for t in f.findings if FINDINGS[t].family == family])
-            parts.append(f"{names} in {' and '.join(p for of, p in f.phases if of == family)}")
-        return _as_sentence(_list(parts, "; "), pick)
-    murmurs = [t for t in f.findings if FINDINGS[t].family == "murmur"]
-    names = _list([FINDINGS[t].phrase for t in murmurs])
-    if len(murmurs) > 1: return f"There is {names}."
-    return pick(f"The murmur is {murmurs[0].removesuffix(' murmur')}.", f"{_capital(names)}.")
+    parts = []
+    for family in dict(f.phases):
+        names = _list([FINDINGS[t].phrase for t in f.findings if FINDINGS[t].family == family])
+        parts.append(f"{names} in {' and '.join(p for of, p in f.phases if of == family)}")
+    timed = timed_murmurs(f)
+    names = [FINDINGS[t].phrase for t in timed]
+    if parts: return _as_sentence(_list([*parts, *names], "; "), pick)
+    if len(timed) > 1: return f"There is {_list(names)}."
+    return pick(f"The murmur is {timed[0].removesuffix(' murmur')}.", f"{_capital(names[0])}.")
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-013
+def _one_organ(f, organ):
+    "The facts of one organ of a mixture"
+    return f._replace(domain=organ, findings=tuple(t for t in f.findings if FINDINGS[t].domain == organ), mixed=False)
+
+def _sounds(f, pick, rng, whole):
+    "The part of a report on the one organ of `f`; `whole` has the findings of the other, too"
+    if f.domain == "heart" and f.findings: return f"Heart sounds: {findings_phrase(f, rng)}. "
+    if f.findings: return pick(f"Added sounds: {findings_phrase(f, rng)}. ", f"{_capital(findings_phrase(f, rng))}. ")
+    if f.domain == "heart": forms = "Heart sounds: first and second, normal. Murmur: none. ", "First and second heart sounds, no murmur. "
+    else: forms = "Breath sounds: vesicular. Added sounds: none. ", f"Vesicular breath sounds, {findings_phrase(f)}. "
+    return forms[1] if whole.findings else pick(*forms)  # "normal" or "added sounds: none" would be of both organs
+
 def _report(f, pick, rng):
-    site = f"Site: {site_phrase(f.site, f.domain) if f.site else 'not given'}. "
+    site = f"Site: {site_phrase(f.site) if f.site else 'not given'}. "
     rate = f"Rate: about {f.rate} a minute. " if f.rate else ""
     means = "; ".join(["", *dict.fromkeys(FINDINGS[t].means for t in f.findings)]) if f.findings and rng.random() < .5 else ""
-    if f.domain == "heart" and f.findings: sounds = f"Heart sounds: {findings_phrase(f, rng)}. "
-    elif f.domain == "heart":
-        sounds = pick("Heart sounds: first and second, normal. Murmur: none. ", "First and second heart sounds, no murmur. ")
-    elif f.findings: sounds = pick(f"Added sounds: {findings_phrase(f, rng)}. ", f"{_capital(findings_phrase(f, rng))}. ")
-    else: sounds = pick("Breath sounds: vesicular. Added sounds: none. ", f"Vesicular breath sounds, {findings_phrase(f)}. ")
+    sounds = "".join(_sounds(_one_organ(f, organ), pick, rng, f) for organ in f.organs)
     return f"{site}{rate}{sounds}Impression: {f.binary}{means}."
 
 _NORMAL_FLOW = {"heart": "blood flows without turbulence", "lung": "air moves freely"}
@@ -403,10 +416,10 @@ def _cause(c): return _article(c.name) if c.name.endswith(_WITH_ARTICLE) else c.
 def _reasoning(f, pick, rng):
     it = findings_phrase(f)
     if not f.findings: return pick(
-        f"{_capital(_NORMAL_SOUNDS[f.domain])} with {it}: {_NORMAL_FLOW[f.domain]}. This is a normal recording.",
-        f"{_capital(it)}, so nothing speaks for {_NO_SIGN_OF[f.domain]}. This is a normal recording.")
+        f"{_capital(_normal_sounds(f))} with {it}: {' and '.join(_NORMAL_FLOW[o] for o in f.organs)}. This is a normal recording.",
+        f"{_capital(it)}, so nothing speaks for {' or '.join(_NO_SIGN_OF[o] for o in f.organs)}. This is a normal recording.")
     text = " ".join(f"{FINDINGS[t].sounds}: {finding_phrase(t, f, rng)}, from {FINDINGS[t].means}." for t in f.findings)
-    fits = f", which would fit {_cause(differential(f, 1)[0])}" if rng.random() < .5 else ""
+    fits = f", which would fit {_list([_cause(c) for c in likeliest(f)])}" if rng.random() < .5 else ""
     return f"{text} This is an abnormal recording{fits}."
 
 # %% ../../nbs/bench/02_grammar.ipynb #differential
@@ -432,27 +445,27 @@ def _compare(known, pick, rng):
     def has(f): return "is too noisy to judge" if f.quality == "poor" else f"has {findings_phrase(f)}" if f.findings else "is normal"
     a, b = known
     it = findings_phrase(a)
-    if a.findings != b.findings or "poor" in (a.quality, b.quality):
+    if set(a.findings or ()) != set(b.findings or ()) or "poor" in (a.quality, b.quality):
         text = pick(f"The first recording {has(a)}; the second {has(b)}.", f"The first {has(a)}, while the second {has(b)}.",
                     f"They differ: the first {has(a)}, the second {has(b)}.")
     elif a.findings: text = pick(f"Both recordings have {it}.", f"Both have {it}.", f"They agree: both have {it}.")
     else: text = pick(f"Both recordings are normal, with {it}.", "Both are normal.")
     loudest = a.loudest if a.loudest in (a.site, b.site) and a.loudest == b.loudest and a.heard_at == b.heard_at else None
-    return text + (f" The murmur is loudest at the {loudest}." if loudest and a.findings and b.findings else "")
+    return text + (f" The murmur is loudest at the {loudest}." if loudest and murmurs(a) and murmurs(b) else "")
 
 # %% ../../nbs/bench/02_grammar.ipynb #site
 def _site(f, pick, rng):
     if f.domain == "lung": where = f"one hears {lobe_of(f.site)}"
     else: where = f"the {valve} valve is heard best" if (valve := valve_of(f.site)) else "the heart is heard"
-    at = site_phrase(f.site, f.domain)
+    at = site_phrase(f.site)
     if f.findings and rng.random() < .5: return f"There {_are(f)} {findings_phrase(f, rng)} at the {at}, where {where}."
     if f.findings: here = f"there {_are(f)} {findings_phrase(f, rng)} here"
-    else: here = pick(f"the {f.domain} sounds are normal here, with {findings_phrase(f)}",
+    else: here = pick(f"the {' and '.join(f.organs)} sounds are normal here, with {findings_phrase(f)}",
                       f"what is heard here is normal, with {findings_phrase(f)}")
     return f"At the {at} {where}; {here}."
 
 def _loudest(known, pick, rng):
-    second = known[1].site == known[1].loudest
+    second = valve_of(known[1].site) == valve_of(known[1].loudest)
     f, name = known[second], ("first", "second")[second]
     return pick(f"It is louder in the {name} recording, at the {f.loudest}, which points to {origin(f)}.",
                 f"The murmur is louder in the {name}, at the {f.loudest}.")
@@ -475,7 +488,7 @@ def _mismatch(f, pick, rng, about):
 def _unanswerable(f, pick, rng, about):
     test = UNANSWERABLE[about]
     advice = f"ask {test}" if test in ("the patient", "the chart") else f"{test} would show it"
-    return pick(f"I cannot tell {about} from a {f.domain} sound; {advice}.", f"A recording cannot show {about}.")
+    return pick(f"I cannot tell {about} from a {' and '.join(f.organs)} sound; {advice}.", f"A recording cannot show {about}.")
 
 def _treatment(f, pick, rng, about):
     return pick("I cannot recommend a treatment from a recording: that needs a clinician who has seen the patient.",

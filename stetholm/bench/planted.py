@@ -28,6 +28,7 @@ def _swap(text, *pairs):
 # %% ../../nbs/bench/04_planted.ipynb #polarity
 def _polarity(text, proof, rng):
     if proof["asked"] in SAFETY or "nothing" in text: return None
+    if proof["asked"] == "loudest": return _swap(text, ("first", "second"))
     return _swap(text, ("normal", "abnormal")) or _swap(
         text, ("there are", "there are no"), ("there is", "there is no"), ("I hear", "I hear no"), ("has", "has no"), ("Present", "Absent"))
 

@@ -88,6 +88,9 @@ _EXPRESSIONS = {  # tried before the findings
         r"|give|determine|assess|decide|name|choose)",
     "range": r"\b(\d+(?:\.\d+)?) ?(?:to|-|–|and) ?(\d+(?:\.\d+)?)(?: ?s\b| ?sec\w*|(?=(?:, | and |, and )from \d))",
     "list": r"(?:^|(?<=[.;] ))\d\.(?= )",
+    "louder":
+        r"\b(?:louder|loudest) (?:in|at|on) (?:the )?(first|second)\b"
+        r"|\b(first|second)(?: recording| one| site)?(?: (?:is|was|sounds))? (?:the )?(?:louder|loudest)\b",
 }
 
 # %% ../../nbs/bench/03_reader.ipynb #words
@@ -284,6 +287,11 @@ def _on_adequate(r, m): r.claims.append(Claim(r.about[0], "quality", "adequate")
 @_effect
 def _on_loudest(r, m): r.claims.append(Claim(r.about[0], "place", "loudest"))
 
+@_effect
+def _on_louder(r, m):
+    r.about, r.opposite = (m[m.lastindex + 1] or m[m.lastindex + 2],), None
+    r.place("louder")
+
 # %% ../../nbs/bench/03_reader.ipynb #numbers
 _COUNTS = {"once": 1, "twice": 2, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _UNITS = {"sec": "s", "per": "a minute", "bpm": "a minute", "year": "years"}  # by their first letters
@@ -374,12 +382,14 @@ TIME_TOLERANCE_S = .25
 RATE_TOLERANCE_BPM = 3
 _TOLERANCE = {"s": TIME_TOLERANCE_S, "a minute": RATE_TOLERANCE_BPM}
 
+def _area_of(site): return f"{valve_of(site)} area"
+
 def _labelled_numbers(labels):
     "Unit to the numbers that are right: (family or "", value)"
     events = [(FINDINGS[term].family, times) for term, *times in labels.get("events", [])]
     times = {(family, t) for family, span in events for t in span}
     if "seconds" in labels: times.add(("", labels["seconds"]))
-    sites = {("", len(labels.get("heard_at", ())))}
+    sites = {("", len({_area_of(site) for site in labels.get("heard_at", ())}))}
     return {"s": times, "times": set(Counter(family for family, _ in events).items()),
             "a minute": {("", labels["rate"])} if "rate" in labels else set(), "sites": sites, "areas": sites}
 
@@ -398,7 +408,7 @@ def _place_faults(case):
     sites = [p for p in (labels.get("site"), labels.get("loudest"), *labels.get("heard_at", ())) if p]
     areas = {f"{v} area" for p in sites if (v := valve_of(p))}
     for c in case.of("place"):
-        if c.what == "loudest": continue
+        if c.what in ("loudest", "louder"): continue
         there = c.what in areas if c.what.endswith(" area") else any(c.what in p for p in sites)
         if not there: out.append(case.fault("side" if c.what in ("left", "right") else "place", c.what))
     return out
@@ -444,21 +454,20 @@ def _missing_numbers(case):
 def _missing_phases(case):
     "Phases of the breath, or parts of the heart cycle"
     if not case.terms: return _missing_denial(case)
-    if "phases" in case.labels: wanted = [tuple(p) for p in case.labels["phases"]]
-    else: wanted = [("murmur", t.removesuffix(" murmur")) for t in case.terms.get("murmur", ())]
+    murmurs = case.terms.get("murmur", ())
+    wanted = [tuple(p) for p in case.labels.get("phases", ())]
+    if "murmur" not in murmurs: wanted += [("murmur", t.removesuffix(" murmur")) for t in murmurs]
     modifiers = {(c.what, d) for c in case.of("finding") for d in c.details}
     return [case.fault("dropped", f"{f}: {d}") for f, d in wanted if (f, d) not in modifiers]
 
 # %% ../../nbs/bench/03_reader.ipynb #sites-missing
-def _area_of(site): return f"{valve_of(site)} area"
-
 def _missing_sites(case):
     places = {c.what for c in case.of("place")}
     if _area_of(case.labels["loudest"]) not in places: return [case.fault("dropped", "loudest")]
     if case.named: return []
-    sites = case.labels["heard_at"]
-    counted = ("areas", str(len(sites))) in {(c.what, c.details[0]) for c in case.of("number")}
-    return [case.fault("dropped", p) for p in sites if _area_of(p) not in places and not counted]
+    areas = {_area_of(site): site for site in case.labels["heard_at"]}
+    counted = ("areas", str(len(areas))) in {(c.what, c.details[0]) for c in case.of("number")}
+    return [case.fault("dropped", site) for area, site in areas.items() if area not in places and not counted]
 
 def _missing_report(case):
     "Findings, or that there are none; of a report also the verdict, of a differential the likeliest cause"
@@ -483,12 +492,14 @@ def _case_faults(case):
 
 # %% ../../nbs/bench/03_reader.ipynb #loudest
 def _loudest_faults(claims, rows):
-    louder, area = ("first", "second")[rows[1]["site"] == rows[1]["loudest"]], _area_of(rows[0]["loudest"])
-    places = [c for c in claims if c.kind == "place" and c.what != "loudest"]
+    area = _area_of(rows[0]["loudest"])
+    louder = ("first", "second")[_area_of(rows[1]["site"]) == area]
+    places = [c for c in claims if c.kind == "place" and c.what not in ("loudest", "louder")]
     named = [c for c in places if c.what == area]
-    wrong = [Fault("place", c.what, c.about) for c in places if c.what != area]
-    wrong += [Fault("polarity", "loudest", c.about) for c in named if c.about not in (louder, "only")]
-    return wrong or ([] if named else [Fault("dropped", "loudest")])
+    turns = {c.about for c in claims if c.what == "louder" and c.holds == "yes"} or {c.about for c in named} - {"only"}
+    if wrong := [Fault("place", c.what, c.about) for c in places if c.what != area]: return wrong
+    if len(turns) == 1: return [Fault("polarity", "loudest", t) for t in turns - {louder}]
+    return [Fault("dropped", "loudest")] if turns or not named else []
 
 # %% ../../nbs/bench/03_reader.ipynb #leak
 _SOURCE_NAMES = {
@@ -525,9 +536,9 @@ def faults(
         added = [c for c in claims if c.kind in ("finding", "verdict") and c.holds != "no" and c.what != "any"]
         return tuple(out + [Fault("added", c.what) for c in added])
     if declined: out.append(Fault("refusal", "declines"))
-    if len(rows) == 1 or asked == "loudest": claims = [c._replace(about="only") for c in claims]
-    else: out += [Fault("added", c.what, c.about) for c in claims if c.about == "only" and c.kind in ("finding", "verdict")][:1]
     if asked == "loudest": return tuple(out + _loudest_faults(claims, rows))
+    if len(rows) == 1: claims = [c._replace(about="only") for c in claims]
+    else: out += [Fault("added", c.what, c.about) for c in claims if c.about == "only" and c.kind in ("finding", "verdict")][:1]
     for about, labels in zip(("only",) if len(rows) == 1 else ("first", "second"), rows):
         out += _case_faults(_Case([c for c in claims if c.about == about], labels, proof, about))
     return tuple(dict.fromkeys(out + _cause_faults(claims, proof.get("causes", ()))))

@@ -59,15 +59,15 @@ def synthesize(
     max_tokens: Annotated[int, typer.Option(help="its longest reply; a model that thinks aloud needs thousands")] = 400,
     prices: Annotated[str, typer.Option(help="of a million prompt and completion tokens, as 0.15,0.60")] = "0,0",
 ):
-    "Instruction-response pairs from a recordings table"
-    from stetholm.bench.pairs import PAIRS, synthesize as make, without_pairs
+    "Instruction-response pairs from a recordings table; exit code 1 if some fail their check: these are left out and listed beside it"
+    from stetholm.bench.pairs import PAIRS, make_pairs, without_pairs, write_left_out
     from stetholm.data.recordings import RECORDINGS, read_table, write_table
     if Path(out).suffix not in (".parquet", ".jsonl", ""):
         raise StethoError(f"-o {out}: pairs are written as .parquet, as .jsonl, or into a folder without an ending")
     if card and not out.endswith(".parquet"): raise StethoError(f"--card describes a .parquet: write the pairs to one instead of {out}")
     if bool(endpoint) != bool(model): raise StethoError("a language model is asked with --endpoint and --model together")
     recordings = read_table(table, RECORDINGS).set_index("recording_id", drop=False)
-    pairs = make(recordings, per_task, seed, workers)
+    pairs, left_out = make_pairs(recordings, per_task, seed, workers)
     if endpoint: pairs = _rewritten(pairs, endpoint, model, per_minute, max_tokens, prices)
     if out.endswith(".parquet"): write_table(pairs, out, PAIRS)
     else:
@@ -75,12 +75,15 @@ def synthesize(
         (write_bench if out.endswith(".jsonl") else write_dataset)(pairs, recordings, out)
     used = pairs.recording_ids.explode().nunique()
     print(f"{len(pairs)} pairs over {pairs.task.nunique()} tasks from {used} of {len(recordings)} recordings, in {out}")
-    for row in without_pairs(recordings, pairs).itertuples():
+    for row in without_pairs(recordings, pairs, left_out).itertuples():
         print(f"{row.recordings} recordings of {row.source} gave no pair: {row.why}")
     if card:
         from stetholm.bench.card import write_bench_card
         licences = recordings.reset_index(drop=True).groupby("source").licence.unique().map(sorted).to_dict()
         print(f"{', '.join(write_bench_card(pairs, out, card, Path(out).stem, licences))} in {card}")
+    if said := write_left_out(left_out, Path(out).with_suffix(".bad.csv")):
+        print(said)
+        raise typer.Exit(1)
 
 def _rewritten(pairs, endpoint, model, per_minute, max_tokens, prices):
     "The pairs in a model's words, with a line on what was refused and what it cost"

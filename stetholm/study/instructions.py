@@ -8,7 +8,7 @@ __all__ = ['instructions']
 # %% ../../nbs/study/2_instructions.ipynb #imports
 import pandas as pd
 
-from ..bench.pairs import PAIRS, engine_llm, synthesize
+from ..bench.pairs import PAIRS, engine_llm, make_pairs, write_left_out
 from ..core.chat import Chat, Endpoint
 from ..core.files import cache_folder, write_whole
 from ..core.run import Run, stage
@@ -17,11 +17,12 @@ from ..data.recordings import load_recordings, write_table
 # %% ../../nbs/study/2_instructions.ipynb #06-020
 @stage("instructions")
 def instructions(
-    run:Run,        # its recordings are read; `stethobench.parquet` is made
+    run:Run,        # its recordings are read; `stethobench.parquet` is made, and `stethobench.bad.csv` if pairs fail their check
 ) -> pd.DataFrame:  # pairs
-    "Stage 2: StethoBench of the run's recordings. Raises what `synthesize` raises."
+    "Stage 2: StethoBench of the run's recordings. Raises what `make_pairs` raises."
     p = run.profile
-    pairs = synthesize(load_recordings(run.folder), p.instructions_per_task, p.seed)
+    pairs, left_out = make_pairs(load_recordings(run.folder), p.instructions_per_task, p.seed)
+    print(write_left_out(left_out, run/"stethobench.bad.csv") or "0 pairs left out: every answer reads back as its labels")
     if p.instructions_endpoint:
         endpoint = Endpoint(p.instructions_endpoint, p.instructions_model, max_tokens=p.instructions_max_tokens)
         pairs, report = engine_llm(pairs, Chat(endpoint, cache_folder()/"replies.sqlite"))

@@ -9,16 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stetholm.core.config import StethoError
+from stetholm.core.config import PROFILES, StethoError
+from stetholm.core.run import Run
+from stetholm.bench import grammar
 from stetholm.bench.facts import Facts
 from stetholm.bench.grammar import TASKS
 from stetholm.bench.grammar import QUESTIONS, ask, hide_unstated, respond
-from stetholm.bench.pairs import PAIRS, all_facts, kinds_of, without_pairs
+from stetholm.bench.pairs import PAIRS, all_facts, kinds_of, make_pairs, without_pairs
 from stetholm.bench.pairs import synthesize
 from stetholm.phantom.patients import make_phantom
 from stetholm.bench.planted import ERRORS, detection, plant
 from stetholm.bench.reader import faults, is_right
+from stetholm.data.recordings import RECORDINGS, write_table
 from stetholm.data.sources import scan
+from stetholm.study.instructions import instructions
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +171,99 @@ def test_a_recording_without_a_label_gives_no_pair_and_is_counted(table):
 def test_facts_of_another_recording_are_never_lent(table):
     known = all_facts(table)
     for r in table.itertuples(): assert known[r.recording_id].recording_id == r.recording_id and set(known[r.recording_id].findings or ()) <= set(r.findings)
+
+
+def recording(name, patient, domain="heart", findings=(), site=None, events=(), split="train", **extra):
+    "A row of the recordings table; `extra` are the source's own labels"
+    return dict(recording_id=name, source="ward", patient_id=patient, domain=domain, path=f"{name}.wav", sample_rate=4000, duration_s=12., site=site, findings=list(findings), diagnosis=None, events=list(events),
+                binary="abnormal" if findings else "normal", age=None, sex=None, device=None, split=split, distribution="in_domain", licence="x", sha256=f"{name:0>64}", extra=json.dumps(extra))
+
+
+def visit(child, *sites, heard, loudest, patient=None, **more):
+    "A child's recordings at `sites`, coded as in CirCor, whose murmur is heard at the sites of `heard`"
+    areas = {"AV": "aortic valve area", "PV": "pulmonary valve area", "TV": "tricuspid valve area", "MV": "mitral valve area"}
+    labels = {"Murmur": "Present", "Murmur locations": heard, "Most audible location": loudest} | more
+    return [recording(f"{child}_{s}", patient or child, site=areas.get(s), findings=["late systolic murmur"] if s in heard.split("+") else [], **labels) for s in sites]
+
+
+def asked(rows, rounds=6):
+    "The pairs of hand-made recordings, with the kind of question"
+    pairs = synthesize(pd.DataFrame(rows), rounds, 0)
+    return pairs.assign(kind=pairs.pair_id.str.split(":").str[-2])
+
+
+def test_heart_sounds_that_are_listed_twice_are_one():
+    beats = [dict(label="S1", start_s=t, end_s=t + .1) for t in (0., .75, 1.5, 2.25, 3.)]
+    once, twice = (all_facts(pd.DataFrame([recording("a", "p", findings=["murmur"], events=e)]))["a"] for e in (beats, [e for e in beats for _ in range(2)]))
+    assert once == twice and once.rate == 80
+    wheezes = [dict(label="wheeze", start_s=1.25, end_s=1.75)]*2
+    assert all_facts(pd.DataFrame([recording("b", "p", "lung", ["wheeze"], events=wheezes)]))["b"].events == (("wheeze", 1.2, 1.8),)
+
+
+def test_a_site_that_names_no_area_is_not_asked_for_the_louder_one():
+    "Phc is a place on the chest, but none of the four areas"
+    pairs = asked(visit("5", "TV", "Phc", "AV", heard="AV+Phc+TV", loudest="TV") + visit("6", "PV", "Phc", heard="Phc+PV", loudest="Phc"))
+    loudest = pairs[pairs.kind == "loudest"]
+    assert set(loudest.recording_ids.map(tuple)) == {("5_AV", "5_TV"), ("5_TV", "5_AV")} and not pairs.instruction.str.contains(r"\bNone (?!are)").any()
+    assert set(pairs[pairs.kind == "spread"].recording_ids.str[0]) == {"5_TV", "5_Phc", "5_AV"}
+
+
+def test_a_patient_is_compared_with_itself_only_where_its_visits_agree():
+    first = visit("11", "AV", "MV", heard="AV+MV", loudest="MV", patient="7")
+    other = visit("7", "PV", "TV", heard="PV+TV", loudest="TV")
+    again = visit("9", "PV", "TV", heard="AV+MV", loudest="MV", patient="7")
+    visits = lambda pairs, kinds: {frozenset(i.split("_")[0] for i in ids) for ids in pairs[pairs.kind.isin(kinds)].recording_ids}
+    pairs = asked(first + other)
+    assert visits(pairs, ["loudest", "sites"]) == {frozenset({"11"}), frozenset({"7"})}
+    assert frozenset({"11", "9"}) in visits(asked(first + again), ["sites"])
+    assert visits(asked(first + visit("7", "PV", "TV", heard="AV+MV", loudest="MV", **{"Systolic murmur grading": "III/VI"})), ["sites"]) == {frozenset({"11"}), frozenset({"7"})}
+
+
+def test_mixtures_of_heart_and_lung_sounds():
+    "What is asked and answered about both organs; `present` is of both, `the other organ` is not there"
+    mixed = [recording("m1", "p1", "lung", ["holosystolic murmur", "stridor"], "right upper anterior"), recording("m2", "p2", "heart", ["fourth heart sound"], "apex", heart_sound="S4", lung_sound="Normal"),
+             recording("m3", "p3", "heart", (), "apex", heart_sound="Normal", lung_sound="Normal"), recording("h1", "p4", "heart", ["fourth heart sound"], "apex"), recording("l1", "p5", "lung", ["stridor"], "trachea")]
+    known = all_facts(pd.DataFrame(mixed))
+    assert {i: f.organs for i, f in known.items()} == {"m1": ("heart", "lung"), "m2": ("heart", "lung"), "m3": ("heart", "lung"), "h1": ("heart",), "l1": ("lung",)}
+    assert known["m3"].looked_for == ("fourth heart sound", "murmur", "stridor") and known["h1"].looked_for == ("fourth heart sound", "murmur") and known["l1"].looked_for == ("stridor",)
+    pairs = asked(mixed, 40)
+    first = pairs.recording_ids.str[0]
+    assert set(pairs[first == "m1"].kind) >= {"phase", "murmur", "report", "differential", "site"} and "phase" not in set(pairs[first == "m2"].kind)
+    assert pairs[(first == "m1") & (pairs.kind == "phase")].response.str.contains("holosystolic").all()
+    assert not pairs[first.str.startswith("m")].kind.eq("mismatch").any() and all({i[0] for i in ids} in ({"m"}, {"h"}, {"l"}) for ids in pairs.recording_ids)
+    report = pairs[(first == "m2") & (pairs.kind == "report")].response
+    assert report.str.contains("Heart sounds: a fourth heart sound. Vesicular breath sounds, no wheezes or crackles.", regex=False).all()
+    assert pairs[(first == "m3") & (pairs.kind == "findings")].response.str.contains("o wheezes, crackles or murmur").all()
+    assert not pairs[first.str.startswith("m")].instruction.str.contains("this (?:heart|lung) (?:sound|recording)").any()
+
+
+def test_a_verdict_that_its_findings_contradict_is_asked_alone():
+    innocent, silent = recording("a", "p", findings=["mid systolic murmur"]) | {"binary": "normal"}, recording("b", "q", Murmur="Absent") | {"binary": "abnormal"}
+    pairs = asked([innocent, silent, recording("c", "r", findings=["murmur"])])
+    by = pairs.groupby(pairs.recording_ids.str[0]).kind.agg(set)
+    assert by["a"] == {"verdict"} and by["b"] == {"verdict", "murmur"} and "report" in by["c"]
+
+
+def broken(*forms, **known): raise IndexError("list index out of range")
+
+
+def test_a_pair_that_fails_its_check_is_left_out_and_the_rest_is_kept(table, pairs, monkeypatch):
+    monkeypatch.setitem(grammar._ANSWERS, "report", broken)
+    kept, left_out = make_pairs(table, 1, 0)
+    assert same(kept, pairs[pairs.task != "reporting"].reset_index(drop=True)) and list(left_out) == ["pair_id", "kind", "question", "answer", "evidence", "why"]
+    assert set(left_out.pair_id) == set(pairs[pairs.task == "reporting"].pair_id) and set(left_out.kind) == {"report"} and set(left_out.why) == {"IndexError: list index out of range"}
+    assert left_out.question.ne("").all() and all(json.loads(e)["asked"] == "report" for e in left_out.evidence)
+    with pytest.raises(StethoError, match="does not read back as .*IndexError"): synthesize(table, 1, 0)
+    monkeypatch.setattr(grammar, "_ANSWERS", dict.fromkeys(grammar._ANSWERS, lambda f, pick, rng, **about: "It rains."))
+    kept, left_out = make_pairs(table.assign(binary=table.binary), 1, 0)
+    assert set(kept.task) == {"comparison"} | ({"location"} & set(kept.task)) and left_out.why.str.len().gt(0).all()
+    assert without_pairs(table, kept.head(0), left_out).why.unique().tolist() == ["every pair fails its check"]
+
+
+def test_the_stage_goes_on_without_a_pair_that_fails_its_check_and_tells(table, tmp_path, capsys):
+    run = Run(tmp_path/"run", PROFILES["smoke"])
+    run.folder.mkdir()
+    for site, said in (("intercostal space 4", "fail their check and are left out"), (table.site[0], "0 pairs left out")):
+        write_table(change(table.reset_index(drop=True), "site", site), run/"recordings.parquet", RECORDINGS)
+        pairs, listed = instructions.__wrapped__(run), run/"stethobench.bad.csv"
+        assert said in capsys.readouterr().out and listed.exists() == ("fail" in said) and len(pd.read_parquet(run/"stethobench.parquet")) == len(pairs) > 300

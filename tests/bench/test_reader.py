@@ -159,6 +159,10 @@ WRONG = [  # facts, what was asked, answer, kinds of fault
     ([CRACKLES, CLEAR], "patients", "There are fine crackles.", {"added", "dropped"}),  # in which of the two?
     ([MURMUR, MURMUR._replace(recording_id="r7", site="aortic valve area")], "loudest", "It is louder in the first, at the mitral area.", set()),
     ([MURMUR, MURMUR._replace(recording_id="r7", site="aortic valve area")], "loudest", "It is louder in the second, at the aortic area.", {"place"}),
+    ([MURMUR, MURMUR._replace(recording_id="r7", site="aortic valve area")], "loudest", "It is louder in the second, at the apex.", {"polarity"}),
+    ([MURMUR, MURMUR._replace(recording_id="r7", site="aortic valve area")], "loudest", "The second recording is louder.", {"polarity"}),
+    ([MURMUR._replace(site="aortic valve area"), MURMUR._replace(recording_id="r7")], "loudest", "It is loudest in the second.", set()),
+    ([MURMUR._replace(site="aortic valve area"), MURMUR._replace(recording_id="r7")], "loudest", "The murmur is not louder in the first; they are alike.", {"dropped"}),
     ([NOISE], "noise", "I cannot judge this: it is too noisy.", set()),
     ([NOISE], "noise", "Normal.", {"refusal", "added"}),
     ([CLEAR], "unanswerable", "I cannot tell the blood pressure.", set()),

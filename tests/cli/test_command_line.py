@@ -160,6 +160,17 @@ def test_scan_audit_and_synthesize_follow_each_other(stetholm, pack):
     assert "exists already" in stetholm("synthesize", "recordings.parquet", "-o", "bench").stderr
 
 
+def test_synthesize_lists_the_pairs_that_fail_their_check_and_writes_the_rest(stetholm, pack):
+    assert stetholm("data", "scan", "phantom", pack).returncode == 0
+    table = pd.read_parquet(stetholm.cwd/"recordings.parquet")
+    table.assign(site=["space 5", *table.site[1:]]).to_parquet(stetholm.cwd/"odd.parquet")
+    made = stetholm("synthesize", "odd.parquet", "--per-task", "2", "-o", "b.parquet")
+    listed, kept = pd.read_csv(stetholm.cwd/"b.bad.csv"), pd.read_parquet(stetholm.cwd/"b.parquet")
+    assert made.returncode == 1 and f"{len(listed)} pairs fail their check and are left out (" in made.stdout and "listed in b.bad.csv; the first: " in made.stdout and "Traceback" not in made.stderr
+    assert list(listed) == ["pair_id", "kind", "question", "answer", "evidence", "why"] and listed.pair_id.str.startswith(f"{table.recording_id[0]}:").all() and not set(listed.pair_id) & set(kept.pair_id)
+    assert stetholm("synthesize", "recordings.parquet", "--per-task", "2", "-o", "b.parquet").returncode == 0 and not (stetholm.cwd/"b.bad.csv").exists()
+
+
 def test_audit_refuses_a_patient_in_two_splits(stetholm, pack):
     assert stetholm("data", "scan", "phantom", pack).returncode == 0
     table = pd.read_parquet(stetholm.cwd/"recordings.parquet")
