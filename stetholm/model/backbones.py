@@ -99,7 +99,8 @@ def described(
     "A pre-trained text model without its weights. Raises `StethoError` if it is not on this machine, or of another kind."
     try: adapter = None if Path(name).is_absolute() and not Path(name).is_dir() else find_adapter_config_file(name, **_local())
     except OSError as e:
-        if isinstance(e.__cause__, PermissionError): raise StethoError(f"{str(e).splitlines()[0]} Set HF_HOME to a folder of your own.", 1) from None
+        if isinstance(e.__cause__, PermissionError):
+            raise StethoError(f"{str(e).splitlines()[0]} Set HF_HOME to a folder of your own.", 1) from None
         raise _unusable(name, str(e).splitlines()[0]) from None
     if adapter:
         base = read_json(adapter).get("base_model_name_or_path")
