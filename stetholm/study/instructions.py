@@ -25,7 +25,9 @@ def instructions(
     print(write_left_out(left_out, run/"stethobench.bad.csv") or "0 pairs left out: every answer reads back as its labels")
     if p.instructions_endpoint:
         endpoint = Endpoint(p.instructions_endpoint, p.instructions_model, max_tokens=p.instructions_max_tokens)
-        pairs, report = engine_llm(pairs, Chat(endpoint, cache_folder()/"replies.sqlite"))
+        chat = Chat(endpoint, cache_folder()/"replies.sqlite")
+        pairs, report = engine_llm(pairs, chat)
+        if cut := chat.usage["cut"]: print(f"{cut} replies were cut at {endpoint.max_tokens} tokens: --set instructions_max_tokens=…")
         with write_whole(run/"rewrites.parquet") as tmp: report.to_parquet(tmp, index=False)
     write_table(pairs, run/"stethobench.parquet", PAIRS)
     return pairs
