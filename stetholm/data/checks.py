@@ -157,7 +157,7 @@ class Duplicate(NamedTuple):
     detail:str            # what they share
     kind:str              # of fault
 
-def _duplicates(table, measures):
+def _duplicates(table, measures, workers):
     "The recordings with a split that have the same samples or similar fingerprints"
     by_samples = {}
     for i, m in enumerate(measures):
@@ -166,7 +166,7 @@ def _duplicates(table, measures):
     for first, *others in by_samples.values():
         for other in others: yield Duplicate(first, other, 0., "the same samples", "identical sound")
     positions = [same[0] for same in by_samples.values()]
-    for p in similar_pairs([measures[i].fingerprint for i in positions]).itertuples():
+    for p in similar_pairs([measures[i].fingerprint for i in positions], workers).itertuples():
         detail = f"{p.overlap_s:.1f} s in common, {p.bit_error_rate:.0%} of the bits differ"
         yield Duplicate(positions[p.first], positions[p.second], p.bit_error_rate, detail, "near-duplicate")
 
@@ -199,7 +199,7 @@ def audit_sounds(
     table = table.reset_index(drop=True)
     recordings, measures = list(table.itertuples()), measure_sounds(table.path, workers)
     faults = [fault for r, m in zip(recordings, measures) for fault in _file_faults(r, m)]
-    for duplicate in _duplicates(table, measures): faults += _duplicate_faults(recordings, duplicate)
+    for duplicate in _duplicates(table, measures, workers): faults += _duplicate_faults(recordings, duplicate)
     return pd.DataFrame(faults, columns=FAULT_COLUMNS)
 
 # %% ../../nbs/data/07_checks.ipynb #04-008

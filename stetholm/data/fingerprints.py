@@ -113,14 +113,16 @@ _SPAN = 1 << 26             # offsets fit in 26 bits: six days
 # %% ../../nbs/data/06_fingerprints.ipynb #03a-015
 def _pair_votes(words, owner, frame, n_recordings):
     "One key for every two frames that share a word, of different recordings: it holds both recordings and their offset"
-    order = np.argsort(words, kind="stable")
-    words, owner, frame = words[order], owner[order], frame[order]
-    counts = np.unique(words, return_counts=True)[1]
-    count = np.repeat(counts, counts)
+    words = np.sort(words.astype(np.int64) << 32 | np.arange(len(words)))  # several times as fast as argsort
+    order = words & (1 << 32) - 1
+    owner, frame = owner[order], frame[order]
+    counts = np.diff(np.flatnonzero(np.diff(words >> 32, prepend=-1)), append=len(words))
+    after = np.repeat(np.cumsum(counts), counts) - np.arange(len(words)) - 1  # frames of the same word that follow in the order
+    votes = np.flatnonzero(np.repeat((counts > 1) & (counts <= MAX_WORD_FRAMES), counts))
     keys = [np.zeros(0, np.int64)]
     for step in range(1, MAX_WORD_FRAMES):
-        shared = (count[:-step] <= MAX_WORD_FRAMES) & (words[:-step] == words[step:]) & (owner[:-step] != owner[step:])
-        k = np.flatnonzero(shared)
+        votes = votes[after[votes] >= step]
+        k = votes[owner[votes] != owner[votes + step]]
         i, j, offset = owner[k], owner[k + step], frame[k] - frame[k + step]
         swap = i > j
         pair = np.where(swap, j, i)*n_recordings + np.where(swap, i, j)
@@ -135,8 +137,9 @@ def _candidates(prints, pieces):
     bits = np.concatenate([np.zeros(0, np.uint32), *(prints[i][start:end] for i, start, end in pieces)])
     words = [(bits >> np.uint32(first)) & np.uint32(2**length - 1) for first, length in WORDS]
     votes = np.concatenate([_pair_votes(w, owner, frame, len(prints)) for w in words])
+    votes.sort()
+    votes = votes[MIN_VOTES - 1:][votes[MIN_VOTES - 1:] == votes[:1 - MIN_VOTES]]  # all but the first two of each key
     keys, counts = np.unique(votes, return_counts=True)
-    keys, counts = keys[counts >= MIN_VOTES], counts[counts >= MIN_VOTES]
     order = np.lexsort((-counts, keys//_SPAN))  # by pair, the most votes first
     pairs = keys[order]//_SPAN
     rank = np.arange(len(pairs)) - np.searchsorted(pairs, pairs)
@@ -154,19 +157,25 @@ def _block_pairs(prints):
     return [group for group in groups if len({i for i, _, _ in group}) > 1]
 
 # %% ../../nbs/data/06_fingerprints.ipynb #similar-pairs
+def _similar(prints, pieces):
+    "(first, second), (bit-error rate, offset, overlap) of the similar pairs among `pieces`, at every offset that has the votes"
+    for i, j, offset in _candidates(prints, pieces):
+        a, b = prints[i][max(0, offset):], prints[j][max(0, -offset):]
+        n = min(len(a), len(b))
+        if n < min(MIN_OVERLAP, len(prints[i]), len(prints[j])): continue
+        step = max(1, n//MAX_COMPARED)
+        if (errors := bit_error_rate(a[:n:step], b[:n:step])) < MAX_BIT_ERRORS: yield (i, j), (errors, offset*HOP/RATE, n*HOP/RATE)
+
 def similar_pairs(
     prints:list,    # one fingerprint per recording
+    workers:int=2,  # threads
 ) -> pd.DataFrame:  # first, second (positions in the list), offset_s (of the second in the first), overlap_s, bit_error_rate
     "Pairs of recordings that share two seconds of sound or more"
     best = {}  # (first, second) to (bit-error rate, offset, overlap)
-    for pieces in _block_pairs(prints):
-        for i, j, offset in _candidates(prints, pieces):
-            a, b = prints[i][max(0, offset):], prints[j][max(0, -offset):]
-            n = min(len(a), len(b))
-            if n < min(MIN_OVERLAP, len(prints[i]), len(prints[j])): continue
-            step = max(1, n//MAX_COMPARED)
-            errors = bit_error_rate(a[:n:step], b[:n:step])
-            if errors < best.get((i, j), (MAX_BIT_ERRORS,))[0]: best[i, j] = errors, offset*HOP/RATE, n*HOP/RATE
+    with ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(lambda pieces: list(_similar(prints, pieces)), _block_pairs(prints)):
+            for pair, measured in found:
+                if pair not in best or measured[0] < best[pair][0]: best[pair] = measured
     rows = [(*pair, offset_s, overlap_s, errors) for pair, (errors, offset_s, overlap_s) in sorted(best.items())]
     return pd.DataFrame(rows, columns=["first", "second", "offset_s", "overlap_s", "bit_error_rate"])
 

@@ -21,6 +21,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ..core.compute import n_parallel, thread_pool
 from ..core.config import Profile
 from .vocabulary import FINDINGS
 from ..sound.audio import DYNAMIC_RANGE_DB, log_mel, recording_features
@@ -56,7 +57,8 @@ def spectra(
 ) -> pd.DataFrame:       # by recording_id; columns mean_0..., std_0..., dB
     "`spectrum` of every recording"
     front = log_mel(profile)
-    rows = [spectrum(recording_features(path, profile, front)) for path in table.path]
+    with thread_pool(n_parallel()) as pool:  # one thread per recording: its tensors are too small for more
+        rows = list(pool.map(lambda path: spectrum(recording_features(path, profile, front)), table.path))
     columns = [f"{statistic}_{band}" for statistic in ("mean", "std") for band in range(profile.n_mels)]
     return pd.DataFrame(rows, index=pd.Index(table.recording_id, name="recording_id"), columns=columns)
 
