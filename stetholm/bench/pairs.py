@@ -277,7 +277,7 @@ def make_pairs(
     seed:int,             # of every choice
     workers:int=1,        # processes; the pairs do not depend on it
 ) -> tuple:               # (rows of `PAIRS`, rows of `LEFT_OUT`)
-    "StethoBench from labels, by the grammar, and the pairs that fail their check. Raises `StethoError` on an unknown finding and on no pair."
+    "StethoBench from labels, and the pairs that fail their check. Raises `StethoError` on an unknown finding and on no pair."
     table = table.reset_index(drop=True)
     known = all_facts(table)
     table = table[table.split.notna()]

@@ -510,7 +510,8 @@ _NICKNAMES = {"spr", "kauh", "physionet", r"sprsound\w*", r"hls[- ]?cmds", r"bmd
 _LEAK = re.compile(r"\b(?:" + "|".join(sorted(_SOURCE_NAMES | _NICKNAMES)) + r")\b", re.I)
 
 def _leaks(text, rows):
-    names = [m[0] for m in _LEAK.finditer(text)] + [r["recording_id"] for r in rows if r["recording_id"] in text]
+    ids = [r["recording_id"] for r in rows if r["recording_id"] in text]
+    names = [m[0] for m in _LEAK.finditer(text)] + [i for i in ids if re.search(rf"(?<!\w){re.escape(i)}(?!\w)", text)]
     return [Fault("leak", name) for name in names]
 
 def _cause_faults(claims, causes):
