@@ -132,7 +132,7 @@ def data_scan(
         for fault in {f["kind"]: f for f in reversed(e.get("faults", []))}.values():
             of_kind.setdefault(fault["kind"], []).append(f"{name}: {fault['detail']}")
     if of_kind:
-        print("recordings with a known fault:", "; ".join(f"{len(those)} {kind} ({those[0]})" for kind, those in sorted(of_kind.items())))
+        print("recordings with a fault that was mended:", "; ".join(f"{len(those)} {kind} ({those[0]})" for kind, those in sorted(of_kind.items())))
 
 @data.command("join")
 def data_join(

@@ -330,7 +330,7 @@ def test_scan_keeps_what_is_unusual_and_refuses_what_ask_refuses(clips, smoke_ru
     asked = clips("ask", "4.wav", "Is there a murmur?", "--model", smoke_run.folder/"dpo")
     assert asked.returncode == 2 and "4.wav is cut short" in asked.stderr.splitlines()[-1]  # after a line of the decoder's own
     done = clips("data", "scan", "folder", ".", "--skip-bad")
-    assert done.returncode == 0 and "1 with a fault that was mended, the first: folder_0: its header announces" in done.stdout, done.stderr
+    assert done.returncode == 0 and "recordings with a fault that was mended: 1 unusual audio file (folder_0: its header announces" in done.stdout, done.stderr
     assert "cut short" in pd.read_csv(clips.cwd/"recordings.bad.csv").fault[1]
     table = pd.read_parquet(clips.cwd/"recordings.parquet")
     assert table.duration_s.tolist() == [5.]*3

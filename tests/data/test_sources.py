@@ -225,7 +225,7 @@ def test_circor_without_a_tsv_with_an_empty_one_and_with_every_state_twice(layou
     assert t.events.map(len)[["circor_2530_AV", "circor_2530_PV"]].tolist() == [0, 0] and list(t.events["circor_2530_TV"]) == list(before.events["circor_2530_TV"])
     assert t.binary.equals(before.binary)
     done = stetholm("data", "scan", "circor", tmp_path/"circor", "-o", "r.parquet")
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("recordings with a known fault: 1 annotation file missing (circor_2530_AV: no 2530_AV.tsv); 1 event listed twice (circor_2530_TV: ")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("recordings with a fault that was mended: 1 annotation file missing (circor_2530_AV: no 2530_AV.tsv); 1 event listed twice (circor_2530_TV: ")
     audit = stetholm("data", "audit", "r.parquet", "-o", "card")
     assert "note: 1 event listed twice, the first: circor_2530_TV: " in audit.stdout and "| circor | annotation file missing | 1 | the recording stays, without heart states |" in (tmp_path/"card/data_card.md").read_text()
     for p in states.glob("*.tsv"): p.unlink()
