@@ -132,7 +132,8 @@ def data_scan(
         for fault in {f["kind"]: f for f in reversed(e.get("faults", []))}.values():
             of_kind.setdefault(fault["kind"], []).append(f"{name}: {fault['detail']}")
     if of_kind:
-        print("recordings with a fault that was mended:", "; ".join(f"{len(those)} {kind} ({those[0]})" for kind, those in sorted(of_kind.items())))
+        counted = "; ".join(f"{len(those)} {kind} ({those[0]})" for kind, those in sorted(of_kind.items()))
+        print(f"recordings with a fault that was mended: {counted}")
 
 @data.command("join")
 def data_join(
