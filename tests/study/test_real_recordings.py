@@ -1,6 +1,8 @@
 "The real recordings: every row and file read as it is, and the first stages run on a part of them"
 import json
+import os
 import shutil
+import time
 
 import librosa
 import numpy as np
@@ -14,6 +16,8 @@ from stetholm.core.files import file_hash
 from stetholm.bench.grammar import TASKS
 from stetholm.bench.planted import ERRORS, detection, plant
 from stetholm.bench.reader import faults, is_right
+from stetholm.data.shift import spectra
+from stetholm.data.sources import scan
 from stetholm.data.vocabulary import FINDINGS
 
 SOURCES = {"sprsound", "kauh", "circor", "cinc2016", "hlscmds"}
@@ -25,12 +29,21 @@ def listing(folder):
 
 
 @pytest.fixture(scope="module")
-def scanned(stetholm_in, recordings):
+def cost():
+    "Of the commands of `scanned`: processor seconds and the most memory, GiB"
+    return {}
+
+
+@pytest.fixture(scope="module")
+def scanned(stetholm_in, recordings, cost):
     "The command in a folder where the recordings were scanned, audited and made into pairs"
     shell, before = stetholm_in("scanned"), listing(recordings)
     for words in (("data", "scan", "stetho-mini", recordings), ("data", "audit", "recordings.parquet", "-o", "."), ("synthesize", "recordings.parquet")):
-        done = shell(*words)
-        assert done.returncode == 0, done.stderr
+        running = shell.start(*words)
+        said = running.stdout.read()
+        _, status, used = os.wait4(running.pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, said
+        cost[words[0] if words[0] == "synthesize" else words[1]] = used.ru_utime + used.ru_stime, used.ru_maxrss/2**20
     assert listing(recordings) == before
     return shell
 
@@ -84,6 +97,14 @@ def test_every_event_is_kept_and_a_double_one_becomes_two(table, recordings):
     assert kept.sum() == len(events) + double.sum() and double.any()
     want = events.assign(n=1 + double).groupby("recording_id").n.sum().reindex(table.index, fill_value=0)
     assert (kept == want).all()
+
+
+def test_ten_thousand_recordings_would_take_two_minutes_of_two_processors_and_two_gigabytes(scanned, cost, recordings):
+    "A part of them does, where some seconds are for imports"
+    part = 1215/10_000
+    assert set(cost) == {"scan", "audit", "synthesize"} and all(seconds < 10 + part*2*120 and gib < 1 for seconds, gib in cost.values()), cost
+    table, begun = scan("stetho-mini", recordings).iloc[::10], time.process_time()
+    assert len(spectra(table, PROFILES["mini"])) == len(table) and time.process_time() - begun < 2 + len(table)/10_000*2*120
 
 
 def test_audit_finds_the_recordings_clean(scanned, meta):
