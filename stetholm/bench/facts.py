@@ -33,8 +33,6 @@ class Facts(NamedTuple):
     phased:bool=False    # whether the source annotates phases
     rate:int=None        # heart beats per minute
     murmur:tuple=()      # (grade, shape or pitch, its value) of the systolic murmur where it is loudest
-    timing:tuple=()      # systolic, diastolic or both: when a murmur is heard whose place within them is not labelled
-    loudness:str=None    # weak or strong, of a murmur that its source does not grade from 1 to 6
     heard_at:tuple=()    # sites where the patient's murmur is audible
     loudest:str=None     # site where it is loudest
     diagnosis:str=None   # the patient's, as the vocabulary spells it
@@ -103,11 +101,6 @@ def _murmur(findings, site, extra):
     else: grade, shape, pitch = (_known(extra.get(f"murmur_{k}")) for k in ("grade", "shape", "pitch"))
     return tuple((k, str(v).lower()) for k, v in (("grade", grade), ("shape", shape), ("pitch", pitch)) if v)
 
-def _word_graded(findings, extra):
-    "(timing, loudness) of a murmur that its source grades in words"
-    grade, timing = extra.get("murmur_grade"), extra.get("murmur_timing") or ""
-    return (tuple(timing.split(" and ")) if timing else (), grade) if findings and grade in ("weak", "strong") else ((), None)
-
 def _murmur_sites(extra):
     "Sites where the patient's murmur is audible"
     areas = dict.fromkeys(_area(code) for code in (_known(extra.get("Murmur locations")) or "").split("+"))
@@ -148,11 +141,11 @@ def facts(
     binary, site, age, sex, device, diagnosis = (_known(row[c]) for c in ("binary", "site", "age", "sex", "device", "diagnosis"))
     listed = dict.fromkeys((e["label"], e["start_s"], e["end_s"]) for e in events if e["label"] in FINDINGS)
     timed = tuple((label, round(start, 1), round(end, 1)) for label, start, end in listed)
-    sites, (timing, loudness) = _murmur_sites(extra), _word_graded(found, extra)
+    sites = _murmur_sites(extra)
     f = Facts(
         row.recording_id, row.domain, binary, _findings(found, binary, extra, row.get("source")), site, age, sex, device,
         seconds=round(float(row.duration_s), 1), quality=_quality(extra), phases=_phases(found, events, extra.get("phase")),
-        events=timed or None, murmur=_murmur(found, site, extra), timing=timing, loudness=loudness, heard_at=sites,
+        events=timed or None, murmur=_murmur(found, site, extra), heard_at=sites,
         loudest=_area(extra.get("Most audible location")) if sites else None, diagnosis=diagnosis,
         visit=_visit(extra), mixed=_is_mixed(extra))
     return f._replace(rate=_rate(events) if "heart" in f.organs else None)

@@ -426,7 +426,8 @@ def test_scanned_tables_are_joined_and_the_study_runs_on_them(stetholm):
     for seed, name in ((0, "a"), (1, "b")):
         make_phantom(stetholm.cwd/name, 24, seed)
         assert stetholm("data", "scan", "phantom", name, "-o", f"{name}.parquet").returncode == 0
-    refused(stetholm("data", "join", "a.parquet", "a.parquet"), 2, "recording_id")
+    refused(stetholm("data", "join", "a.parquet", "a.parquet"), 2, "named twice")
+    refused(stetholm("data", "join", "a.parquet", "b.parquet"), 2, "is in a.parquet and in b.parquet")
     for t in "ab":
         table = pd.read_parquet(stetholm.cwd/f"{t}.parquet")
         table[["recording_id", "patient_id"]] = table[["recording_id", "patient_id"]] + t
