@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.recordings import extra_labels
+from ..data.sources import SOURCES
 from ..data.vocabulary import FINDINGS, SITES
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-004
@@ -129,9 +130,9 @@ def _specific(found):
 
 def _findings(found, binary, extra, source):
     "The findings, () if there are none, None if they are unknown"
-    if source == "cinc2016": return found if found or (binary == "normal" and extra.get("murmur_grade") == "none") else None
+    names_them = source not in SOURCES or not SOURCES[source].verdicts_only or extra.get("murmur_grade") == "none"
     absent = extra.get("labels") == "Murmur absent at this site" or extra.get("Murmur") == "Absent"
-    return found if found or binary == "normal" or absent else None
+    return found if found or (binary == "normal" and names_them) or absent else None
 
 def facts(
     row:pd.Series,  # of the recordings table

@@ -37,6 +37,7 @@ def _ages(ages):
     if len(words): out["words"] = words.value_counts().sort_index().to_dict()
     if ages.isna().any(): out["not_said"] = int(ages.isna().sum())
     return out
+
 def _fault_counts(extra):
     "Recordings with each kind of fault that the scan noted"
     kinds = extra.map(lambda x: sorted({f["kind"] for f in extra_labels(x).get("faults", [])}))
@@ -98,6 +99,7 @@ def _ages_table(sources):
         words = ", ".join(f"{k} {v}" for k, v in c["age"].get("words", {}).items())
         rows.append((s, years, words, c["age"].get("not_said", 0)))
     return pd.DataFrame(rows, columns=["source", "years: youngest / median / oldest", "as words", "not said"])
+
 def _known_faults_table(sources):
     rows = []
     for s, c in sources.items():

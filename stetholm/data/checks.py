@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.config import StethoError
 from ..core.files import file_hash, read_json, write_json
 from .fingerprints import measure_sounds, similar_pairs
-from .recordings import ANY_SOURCE, END_TOLERANCE_S, RECORDINGS, TWICE, extra_labels, read_table
+from .recordings import ANY_SOURCE, END_TOLERANCE_S, RECORDINGS, TWICE, UNUSUAL, extra_labels, read_table
 from .sources import SOURCES
 from .vocabulary import EVENTS, FINDINGS
 
@@ -95,6 +95,7 @@ def _missing_licence(recording):
     name, licence = recording.recording_id, recording.licence
     if not isinstance(licence, str) or not licence.strip():
         yield "error", "no licence", [name], f"{name} has no licence", "write down its terms, or leave it out"
+
 def _repeated_events(recording):
     counts = Counter((e["label"], e["start_s"], e["end_s"]) for e in recording.events)
     if twice := [event for event, n in counts.items() if n > 1]:
@@ -103,10 +104,11 @@ def _repeated_events(recording):
         yield "note", TWICE, [recording.recording_id], detail, "scan again: equal events become one"
 
 def _noted_faults(recording):
-    "The faults that the scan noted: those of the publication, and events that were dropped or cut"
+    "The faults that the scan noted: those of the publication, and events dropped or cut; `audit_sounds` reads the files itself"
     source = SOURCES.get(recording.source)
     remedies = source.remedies() if source else ANY_SOURCE
     for kind, detail in {f["kind"]: f["detail"] for f in extra_labels(recording.extra).get("faults", [])}.items():
+        if kind == UNUSUAL: continue
         yield "note", kind, [recording.recording_id], f"{recording.recording_id}: {detail}", remedies.get(kind, "look at it")
 
 # %% ../../nbs/data/07_checks.ipynb #audit-table
@@ -144,7 +146,7 @@ def _file_faults(recording, measures):
     if measures.clipped > MAX_CLIPPED:
         detail = f"{name} is at full scale for {measures.clipped:.1%} of its samples"
         yield "note", "clipped", [name], detail, "accept it, or leave it out"
-    for note in measures.notes: yield "note", "unusual file", [name], f"{name}: {note}", "look whether the right sound is used"
+    for note in measures.notes: yield "note", UNUSUAL, [name], f"{name}: {note}", "look whether the right sound is used"
     if recording.duration_s < MIN_SECONDS:
         yield "note", "too short", [name], f"{name} is {recording.duration_s:.2f} s long", "leave it out"
 

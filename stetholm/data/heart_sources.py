@@ -156,7 +156,7 @@ _CINC2016_FAULTS = (
 
 @source(
     "cinc2016", title="CinC/PhysioNet Challenge 2016", recordings=3240, role="ood", licence="ODC-BY-1.0", redistribution=True,
-    homepage="https://physionet.org/content/challenge-2016/1.0.0/", faults=_CINC2016_FAULTS,
+    homepage="https://physionet.org/content/challenge-2016/1.0.0/", faults=_CINC2016_FAULTS, verdicts_only=True,
     citation="Liu C. et al., An open access database for the evaluation of heart sound algorithms, "
              "Physiol. Meas. 37 (2016) 2181, doi:10.1088/0967-3334/37/12/2181")
 def read_cinc2016(scan:Scan):
@@ -252,7 +252,7 @@ DAYS_PER_YEAR = 365.25
 
 @source(
     "zchsound", title="ZCHSound", recordings=1259, role="in_domain", licence="none stated; free for research by its homepage",
-    redistribution=False, homepage="http://zchsound.ncrcch.org.cn/",
+    redistribution=False, homepage="http://zchsound.ncrcch.org.cn/", verdicts_only=True,
     citation="Jia W. et al., ZCHSound: open-source ZJU paediatric heart sound database with congenital heart disease, "
              "IEEE TBME 71(8), 2024, doi:10.1109/TBME.2023.3348800")
 def read_zchsound(scan:Scan):
@@ -309,6 +309,7 @@ _BMD_HS_FAULTS = (
 @source(
     "bmd_hs", title="BMD-HS (BUET multi-disease heart sounds)", recordings=872, role="ood", licence="CC-BY-NC-ND-4.0",
     redistribution=False, homepage="https://github.com/sani002/BMD-HS-Dataset", faults=_BMD_HS_FAULTS,
+    verdicts_only=True,
     citation="Ali S.N. et al., BUET Multi-disease Heart Sound Dataset: A Comprehensive Auscultation Dataset for Developing "
              "Computer-Aided Diagnostic Systems, 2024, arXiv:2409.00724")
 def read_bmd_hs(scan:Scan):

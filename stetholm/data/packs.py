@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import lzma
-import os
 import shutil
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from ..core.code import package_folder
 from ..core.config import StethoError
-from ..core.files import file_hash, write_whole
+from ..core.files import file_hash, files_below, write_whole
 from .fetch import Download, Unreachable, download, unpack
 from .sources import SOURCES
 
@@ -144,15 +143,6 @@ def _is_made(path, clip):
     except soundfile.LibsndfileError: return False
 
 # %% ../../nbs/data/12_packs.ipynb #find
-def _files_below(folder):
-    "The files anywhere below a folder, behind links too"
-    seen = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in seen: folders.clear()  # a link that leads back
-        else: yield from (Path(here)/n for n in sorted(names))
-        seen.add(real)
-        folders.sort()
-
 def find_originals(
     place:Path,    # folder, or zip or tar archive
     names:set,     # of files
@@ -167,7 +157,7 @@ def find_originals(
             unpack(here, unpacked)
             here = unpacked
         archives = []
-        for path in _files_below(here):
+        for path in files_below(here):
             if path.name in names: found.setdefault(path.name, []).append(path)
             elif path.suffix == ".zip": archives.append(path)
         todo = archives + todo

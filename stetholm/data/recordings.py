@@ -6,7 +6,8 @@
 __all__ = ['RECORDINGS', 'NO_LENGTH', 'PAST_END', 'CUT', 'TWICE', 'NO_ANNOTATION', 'SAME_BYTES', 'UNUSUAL', 'ANY_SOURCE',
            'ADAPTERS', 'MIN_EVENT_S', 'END_TOLERANCE_S', 'AUDIO', 'TEST_FRACTION', 'VAL_FRACTION', 'validate',
            'write_table', 'read_table', 'load_recordings', 'extra_labels', 'audio_header', 'KnownFault', 'Source',
-           'source', 'parse_name', 'Scan', 'missing_annotation', 'split_of', 'assign_splits', 'finish']
+           'source', 'parse_name', 'Scan', 'missing_annotation', 'split_of', 'assign_splits', 'leave_out_duplicates',
+           'finish']
 
 # %% ../../nbs/data/01_recordings.ipynb #imports
 import contextlib
@@ -17,8 +18,8 @@ import io
 import json
 import os
 import re
-from collections import Counter
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -168,6 +169,7 @@ class Source:
     recordings:int       # as published; None: it varies
     hours:float          # as published; None: not published
     faults:tuple         # `KnownFault`s
+    verdicts_only:bool   # whether its labels say normal or abnormal, and leave open what is heard
     read:Callable        # the adapter: fills a `Scan`
 
     def remedies(self) -> dict:  # kind to what is done with it
@@ -183,11 +185,12 @@ def source(
     recordings:int=None,  # as published
     hours:float=None,     # as published
     faults:tuple=(),      # `KnownFault`s
+    verdicts_only:bool=False,  # of `Source`
     **about               # the other fields of `Source`, without `read`
 ):
     "Decorator: register an adapter"
     def register(read):
-        ADAPTERS[key] = Source(key, recordings=recordings, hours=hours, faults=faults, read=read, **about)
+        ADAPTERS[key] = Source(key, recordings=recordings, hours=hours, faults=faults, verdicts_only=verdicts_only, read=read, **about)
         return read
     return register
 
@@ -462,7 +465,9 @@ def _check_unique(rows):
         ids.add(r["recording_id"])
 
 # %% ../../nbs/data/01_recordings.ipynb #leave-out-duplicates
-def _leave_out_duplicates(rows):
+def leave_out_duplicates(
+    rows:list,  # of recordings; changed in place
+):
     "Keep one of the files with the same bytes, or none if their labels differ"
     by_hash = {}
     for r in rows: by_hash.setdefault(r["sha256"], []).append(r)
@@ -486,7 +491,7 @@ def finish(
                               f"the first: {scan.bad[0]['fault']}")
         raise StethoError(f"no recordings in {scan.folder} that {scan.source.title} knows")
     _check_unique(scan.rows)
-    _leave_out_duplicates(scan.rows)
+    leave_out_duplicates(scan.rows)
     assign_splits(scan.rows, seed)
     table = pd.DataFrame(r | {"extra": json.dumps(r["extra"], sort_keys=True, ensure_ascii=False)} for r in scan.rows)
     return validate(table.astype({"duration_s": float}), RECORDINGS, scan.folder)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.config import StethoError
 from ..core.files import read_json
-from .recordings import ADAPTERS, RECORDINGS, Scan, _leave_out_duplicates, finish, read_table, source, validate
+from .recordings import ADAPTERS, RECORDINGS, Scan, finish, leave_out_duplicates, read_table, source, validate
 from .vocabulary import murmur_labels, to_site
 
 # %% ../../nbs/data/04_sources.ipynb #all-sources
@@ -170,7 +170,7 @@ def join_tables(
                               "split; scan with the same --seed, or leave one of them out")
     used = joined[joined.split.notna()]
     rows = [r._asdict() | {"extra": json.loads(r.extra)} for r in used[used.sha256.duplicated(keep=False)].itertuples()]
-    _leave_out_duplicates(rows)
+    leave_out_duplicates(rows)
     for r in rows:
         joined.at[r["Index"], "split"] = r["split"]
         joined.at[r["Index"], "extra"] = json.dumps(r["extra"], sort_keys=True, ensure_ascii=False)

@@ -45,7 +45,7 @@ def card_data(
 ) -> ModelCardData:
     "The front matter: licence, base model, and the scores as the hub reads them"
     language_model, data = note["profile"]["language_model"], metrics["data"]
-    base, licence = BASES.get(language_model, (language_model, "other"))
+    base, licence = BASES.get(language_model, (None if Path(language_model).is_absolute() else language_model, "other"))
     results = [EvalResult(task_type="audio-text-to-text", dataset_type=data, dataset_name=f"{data}, {s['distribution']}",
                           dataset_split="test", metric_type=s["metric"], metric_name=f"{s['metric']}, {s['over']}", metric_value=s["value"])
                for s in _shown(metrics) if s["model"] == name]
