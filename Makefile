@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 
-.PHONY: help install reproduce smoke test test-export test-notebooks test-package lab docs export outputs structure hooks constraints clean
+.PHONY: help install reproduce smoke test test-export test-notebooks test-package reports lab docs export outputs structure hooks constraints clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r t d; do printf '  make %-12s %s\n' "$$t" "$$d"; done
@@ -108,6 +108,9 @@ test-package: $(READY)
 	STETHOLM_SMOKE=$$(mktemp -d); export STETHOLM_SMOKE; trap 'rm -rf "$$STETHOLM_SMOKE"' EXIT
 	$(BIN)/python -m pytest tests -q -m timed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m "not timed" -n 2 --dist loadfile
+
+reports: $(READY)  ## inputs that users reported: what comes out beside what is expected
+	@MPLBACKEND=Agg $(BIN)/python -m pytest tests -q -m report -p no:warnings
 
 lab: $(READY)  ## open the notebooks
 	@$(BIN)/jupyter lab $(ARGS) nbs

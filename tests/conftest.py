@@ -1,6 +1,7 @@
 "What the tests share: the command line as a user runs it, one finished smoke run, and the recordings"
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "timed: how long it takes is what is tested, so nothing else may run beside it")
+    config.addinivalue_line("markers", "report(row): what is tested is in the list of users' reports, in the row that has this text; `-m report` prints the list with what came out")
     if not COMMAND.exists(): raise pytest.UsageError(f"no command {COMMAND}: install the package first (make install)")
 
 
@@ -91,3 +93,39 @@ def recordings():
         if os.environ.get("CI"): pytest.fail(missing)
         pytest.skip(missing)
     return folder
+
+
+# users' reports
+
+@pytest.fixture(scope="session")
+def reports(recordings):
+    "Inputs from users' reports and published sets, with the list of what should come out"
+    folder = recordings.parent/"reports"
+    assert (folder/"README.md").is_file(), f"no reports beside {recordings}"
+    return folder
+
+
+def report_rows(folder):
+    "(input, expected) of each row of the list"
+    cells = [[c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line.strip().strip("|"))] for line in (folder/"README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return [(c[0], c[-1]) for c in cells if c[-1] != "should be"]
+
+
+@pytest.fixture
+def listed(reports): return report_rows(reports)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    done = (yield).get_result()
+    for mark in item.iter_markers("report"): done.user_properties.append(("row", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr != "report": return
+    done = [r for of in terminalreporter.stats.values() for r in of if getattr(r, "when", None) == "call" or getattr(r, "failed", False)]
+    for given, expected in report_rows(Path(os.environ.get("STETHOLM_RECORDINGS") or REPO.parent/"shared/stetho-mini").parent/"reports"):
+        terminalreporter.write_line(f"\n{given}\n    expected: {expected}")
+        for r in done:
+            about = dict(r.user_properties)
+            if about.get("row", "\0") in given: terminalreporter.write_line(f"    {r.outcome}: {about.get('outcome') or r.nodeid.split('::')[1].removeprefix('test_').replace('_', ' ')}")

@@ -82,18 +82,23 @@ CAUSES = {c.name: c for c in [
 ]}
 
 # %% ../../nbs/bench/01_differential.ipynb #explains
+_PARTS = {"systole": ("systolic", "continuous"), "diastole": ("diastolic", "continuous")}
+
 @cache
-def _rank(cause, term):
+def _rank(cause, term, phases=()):
     "Place of the finding among those of the cause, or None"
-    fits = lambda of: of == term or term == FINDINGS[term].family == FINDINGS[of].family
+    parts = [word for family, phase in phases if family == "murmur" for word in _PARTS[phase]]
+    general = lambda of: term == FINDINGS[term].family == FINDINGS[of].family
+    fits = lambda of: of == term or general(of) and (term != "murmur" or not parts or any(part in of for part in parts))
     return next((i for i, of in enumerate(cause.findings) if fits(of)), None)
 
 def explains(
     cause:Cause,  # candidate
     term:str,     # finding
+    phases=(),    # of `Facts`
 ) -> bool:
     "Whether the cause produces the finding"
-    return _rank(cause, term) is not None
+    return _rank(cause, term, phases) is not None
 
 # %% ../../nbs/bench/01_differential.ipynb #age
 def years(
@@ -127,7 +132,7 @@ def labelled_cause(
 def _usual_age(cause, age): return cause.ages[0] <= age <= cause.ages[1]
 
 def _score(cause, f):
-    typical = sum(1/(1 + _rank(cause, t)) for t in f.findings if explains(cause, t))
+    typical = sum(1/(1 + _rank(cause, t, f.phases)) for t in f.findings if explains(cause, t, f.phases))
     age = age_in_years(f)
     by_age = 1. if age is None or _usual_age(cause, age) else UNUSUAL_AGE
     by_area = AREA_MATCH if cause.area and f.loudest and cause.area in f.loudest else 1.
@@ -135,7 +140,7 @@ def _score(cause, f):
 
 def _ranked(f):
     "All candidates for the findings, the likeliest first"
-    candidates = [c for c in CAUSES.values() if any(explains(c, t) for t in f.findings)]
+    candidates = [c for c in CAUSES.values() if any(explains(c, t, f.phases) for t in f.findings)]
     labelled = labelled_cause(f)
     return sorted(candidates, key=lambda c: (c is not labelled, -_score(c, f)))
 
@@ -143,7 +148,7 @@ def _leading(ranked, f):
     "Of ranked candidates, for each organ with findings the first that explains one of them"
     of_organ = {}
     for t in f.findings: of_organ.setdefault(FINDINGS[t].domain, []).append(t)
-    first = {next(c.name for c in ranked if any(explains(c, t) for t in found)) for found in of_organ.values()}
+    first = {next(c.name for c in ranked if any(explains(c, t, f.phases) for t in found)) for found in of_organ.values()}
     return [c for c in ranked if c.name in first]
 
 def likeliest(
@@ -170,8 +175,8 @@ def for_and_against(
 ) -> tuple:       # (for, against): lists of phrases
     "What supports a cause and what opposes it"
     organs = {FINDINGS[t].domain for t in cause.findings}
-    explained = [FINDINGS[t].phrase for t in f.findings if explains(cause, t)]
-    unexplained = [FINDINGS[t].phrase for t in f.findings if not explains(cause, t) and FINDINGS[t].domain in organs]
+    explained = [FINDINGS[t].phrase for t in f.findings if explains(cause, t, f.phases)]
+    unexplained = [FINDINGS[t].phrase for t in f.findings if not explains(cause, t, f.phases) and FINDINGS[t].domain in organs]
     age = age_in_years(f)
     if age is not None and not _usual_age(cause, age): unexplained.append("the age")
     elif age is not None and cause.ages[1] - cause.ages[0] < LIFELONG: explained.append("the age")

@@ -29,17 +29,18 @@ class Facts(NamedTuple):
     device:str=None      # stethoscope
     seconds:float=None   # length
     quality:str=None     # adequate or poor, as its publisher judged it
-    phases:tuple=()      # (family, inspiration or expiration) as annotated
+    phases:tuple=()      # (family, inspiration or expiration; of a murmur systole or diastole) as annotated
     events:tuple=None    # (term, start s, end s) of findings; None: the source does not time them
     phased:bool=False    # whether the source annotates phases
     rate:int=None        # heart beats per minute
-    murmur:tuple=()      # (grade, shape or pitch, its value) of the systolic murmur where it is loudest
+    murmur:tuple=()      # (grade, loudness, shape or pitch, its value) of the recording's murmur
     heard_at:tuple=()    # sites where the patient's murmur is audible
     loudest:str=None     # site where it is loudest
     diagnosis:str=None   # the patient's, as the vocabulary spells it
     looked_for:tuple=()  # families that its source names in any recording of its organs
     visit:tuple=()       # (column, value) of how its source describes the patient's murmur, which may differ between visits
     mixed:bool=False     # whether its source labels the heart and the lungs in it
+    graded:bool=False    # whether its source says how murmurs sound
 
     @property
     def organs(self) -> tuple:
@@ -81,24 +82,29 @@ def _phases_in_time(families, events):
         out += [(f, phase) for phase in _PHASES.values() if within and within.count(phase) >= enough]
     return tuple(out)
 
-def _phases(findings, events, words):
-    "(family, phase) of each lung finding whose phase is annotated"
-    families = sorted({FINDINGS[t].family for t in findings if FINDINGS[t].domain == "lung"})
-    return _phases_in_words(families, words) if words else _phases_in_time(families, events)
+_PARTS = {"systolic": "systole", "diastolic": "diastole"}
+
+def _phases(findings, events, extra):
+    "(family, phase) of each lung finding whose phase is annotated, and of a murmur whose part of the heart cycle is"
+    families, words = sorted({FINDINGS[t].family for t in findings if FINDINGS[t].domain == "lung"}), extra.get("phase")
+    timing = str(extra.get("murmur_timing")).split() if "murmur" in findings else ()
+    parts = tuple(("murmur", part) for word, part in _PARTS.items() if word in timing)
+    return parts + (_phases_in_words(families, words) if words else _phases_in_time(families, events))
 
 # %% ../../nbs/bench/00_facts.ipynb #05b-012
-_GRADES_IN_WORDS = ("none", "weak", "strong", "unclear")
+_LOUDNESS = {"weak": "soft", "strong": "loud"}
+_GRADES_IN_WORDS = (*_LOUDNESS, "none", "unclear")
 _ROMAN = {"I/VI": "1", "II/VI": "2", "III/VI": "3", "IV/VI": "4", "V/VI": "5", "VI/VI": "6"}
 
 def _area(code): return SITES["circor"].get(code)
 
 def _murmur(findings, site, extra):
-    "Grade, shape and pitch of a single systolic murmur, where they are known for this recording"
+    "How a single murmur sounds, where that is known for this recording; grade, shape and pitch are those of a systolic one"
     if sum(FINDINGS[t].family == "murmur" for t in findings) != 1 or "diastolic" in " ".join(findings): return ()
+    if (grade := extra.get("murmur_grade")) in _GRADES_IN_WORDS: return (("loudness", _LOUDNESS[grade]),) if grade in _LOUDNESS else ()
     if site is not None and _area(extra.get("Most audible location")) == site:
         grade = _ROMAN.get(extra.get("Systolic murmur grading"))
         shape, pitch = extra.get("Systolic murmur shape"), extra.get("Systolic murmur pitch")
-    elif extra.get("murmur_grade") in _GRADES_IN_WORDS: return ()
     else: grade, shape, pitch = (_known(extra.get(f"murmur_{k}")) for k in ("grade", "shape", "pitch"))
     return tuple((k, str(v).lower()) for k, v in (("grade", grade), ("shape", shape), ("pitch", pitch)) if v)
 
@@ -145,7 +151,7 @@ def facts(
     sites = _murmur_sites(extra)
     f = Facts(
         row.recording_id, row.domain, binary, _findings(found, binary, extra, row.get("source")), site, age, sex, device,
-        seconds=round(float(row.duration_s), 1), quality=_quality(extra), phases=_phases(found, events, extra.get("phase")),
+        seconds=round(float(row.duration_s), 1), quality=_quality(extra), phases=_phases(found, events, extra),
         events=timed or None, murmur=_murmur(found, site, extra), heard_at=sites,
         loudest=_area(extra.get("Most audible location")) if sites else None, diagnosis=diagnosis,
         visit=_visit(extra), mixed=_is_mixed(extra))

@@ -73,6 +73,10 @@ QUESTIONS["detection"] = {
         "When in the cycle is there an abnormal sound, if any?",
         "What is the timing of the finding within the cycle, if there is one?", "{context}Timing of added sounds?",
         "During which phase {of} do you hear something abnormal?"],
+    "character": [
+        "Describe the murmur, if there is one.", "{context}What is the murmur like, if there is one?",
+        "Grade, shape and pitch of the murmur, if any?", "{context}If you hear a murmur, describe how it sounds.",
+        "Characterise any murmur in this {domain} recording.", "{context}Is there a murmur, and how does it sound?"],
 }
 
 # %% ../../nbs/bench/02_grammar.ipynb #free
@@ -268,22 +272,23 @@ def hide_unstated(
     return out if len(known) == 1 or all(stated) else [f._replace(loudest=None) for f in out]
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-010
+_ADJECTIVES = {"inspiration": "inspiratory", "expiration": "expiratory", "systole": "systolic", "diastole": "diastolic"}
+
 def finding_phrase(
     term:str,                 # a finding
     f:Facts,                  # of the recording
     rng:np.random.Generator,  # chooses the wording
 ) -> str:
-    "A finding with its phase, or its grade, shape and pitch"
+    "A finding with its phase; of a murmur also how it sounds"
     phrase, family = FINDINGS[term].phrase, FINDINGS[term].family
-    phases = [p for of, p in f.phases if of == family]
+    phases, sounds = [p for of, p in f.phases if of == family], dict(f.murmur) if family == "murmur" else {}
+    before = [sounds.pop("loudness")] if "loudness" in sounds else []
     # beside other findings, "in expiration" could refer to all of them
-    if phases and (len(f.findings) > 1 or rng.random() < .5):
-        timing = " and ".join(p.removesuffix("ion") + "ory" for p in phases)
-        return f"{timing} {phrase}" if phrase == _bare(phrase) else _article(f"{timing} {_bare(phrase)}")
-    if phases: return f"{phrase} in {' and '.join(phases)}"
-    if family != "murmur": return phrase
+    if phases and (len(f.findings) > 1 or rng.random() < .5): before.append(" and ".join(_ADJECTIVES[p] for p in phases))
+    elif phases: phrase += f" in {' and '.join(phases)}"
+    described = " ".join([*before, _bare(phrase)])
     forms = {"grade": "grade {} of 6", "pitch": "{} in pitch", "shape": "{} in shape"}
-    return ", ".join([phrase] + [forms[k].format(v) for k, v in f.murmur])
+    return ", ".join([described if phrase == _bare(phrase) else _article(described)] + [forms[k].format(v) for k, v in sounds.items()])
 
 def findings_phrase(
     f:Facts,                       # of one recording, with known findings
@@ -497,12 +502,12 @@ def _treatment(f, pick, rng, about):
 # %% ../../nbs/bench/02_grammar.ipynb #05f-017
 _ANSWERS = dict(
     verdict=_verdict, murmur=_murmur, quality=_quality, findings=_findings, present=_present, times=_times, count=_count,
-    phase=_phase, report=_report, reasoning=_reasoning, differential=_differential, site=_site, spread=_spread, noise=_noise,
+    phase=_phase, character=_findings, report=_report, reasoning=_reasoning, differential=_differential, site=_site, spread=_spread, noise=_noise,
     mismatch=_mismatch, unanswerable=_unanswerable, treatment=_treatment)
 _DEPENDS_ON = dict(  # fields of `Facts`
-    quality=("quality",), murmur=("murmur",), findings=("phases", "murmur"), present=("phases", "murmur"), times=("events",),
-    count=("events",), phase=("phases",), report=("phases", "murmur", "rate"), reasoning=("phases", "murmur", "age", "diagnosis"),
-    differential=("age", "diagnosis"), site=("phases", "murmur"), loudest=("loudest",), spread=("heard_at", "loudest"),
+    quality=("quality",), murmur=("phases", "murmur"), findings=("phases", "murmur"), present=("phases", "murmur"), times=("events",),
+    count=("events",), phase=("phases",), character=("phases", "murmur"), report=("phases", "murmur", "rate"), reasoning=("phases", "murmur", "age", "diagnosis"),
+    differential=("phases", "age", "diagnosis"), site=("phases", "murmur"), loudest=("loudest",), spread=("heard_at", "loudest"),
     sites=("loudest", "heard_at"), noisy=("quality",), noise=("quality",))
 
 def respond(

@@ -56,9 +56,11 @@ def all_facts(
         out[r.recording_id] = f if f.looked_for else f._replace(findings=None)
     timed = {group[i] for i, f in out.items() if f.events}
     phased = {group[i] for i, f in out.items() if f.phases}
+    graded = {group[i] for i, f in out.items() if f.murmur}
     for i, f in out.items():
         if f.findings == ():
-            out[i] = f._replace(events=() if group[i] in timed else None, phased=group[i] in phased or "murmur" in f.looked_for)
+            out[i] = f._replace(events=() if group[i] in timed else None, phased=group[i] in phased or "murmur" in f.looked_for,
+                                graded=group[i] in graded)
     return out
 
 # %% ../../nbs/bench/06_pairs.ipynb #one-in
@@ -102,6 +104,7 @@ def _detection_kinds(f):
     out = ["present"]
     if f.events is not None and _is_timed(f): out += ["times", "count"]
     if f.phases or timed_murmurs(f) or (f.phased and not f.findings): out.append("phase")
+    if f.murmur or (f.graded and not f.findings): out.append("character")
     return out
 
 def _is_timed(f):

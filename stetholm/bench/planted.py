@@ -41,7 +41,7 @@ _MURMURS = (("early systolic", "late systolic"), ("mid systolic", "holosystolic"
 def _timing(text, proof, rng):
     "Another phase of the breath or part of the heart cycle"
     if re.search("inspirat(?:ory|ion) and", text, re.I): return None
-    murmurs = [pair for pair in _MURMURS if not all(re.search(rf"\b{w}\b", text, re.I) for w in pair)]
+    murmurs = [pair for pair in (*_MURMURS, ("in systole", "in diastole")) if not all(re.search(rf"\b{w}\b", text, re.I) for w in pair)]
     return _swap(text, ("expiratory", "inspiratory"), ("expiration", "inspiration")) or (_swap(text, *murmurs) if murmurs else None)
 
 # %% ../../nbs/bench/04_planted.ipynb #findings
@@ -88,7 +88,7 @@ def _number(text, proof, rng):
 
 def _severity(text, proof, rng):
     if "grade" in text: return re.sub(r"grade (\d)", lambda m: f"grade {int(m[1]) % 6 + 1}", text)
-    return _swap(text, ("low in pitch", "high in pitch")) if "pitch" in text else None
+    return _swap(text, ("low in pitch", "high in pitch")) or _swap(text, ("soft", "loud"))
 
 # %% ../../nbs/bench/04_planted.ipynb #leak
 _DATASETS = ("SPRSound", "CirCor", "the KAUH data", "CinC 2016", "the ICBHI dataset")

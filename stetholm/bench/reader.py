@@ -36,10 +36,10 @@ _PART_OF_CYCLE = {
     "late ": r"late[- ]", "holo": r"holo|pan|all of |throughout "}
 MODIFIERS_BEFORE = {
     "fine": r"fine\b", "coarse": r"coarse\b", "continuous": r"continuous\b(?! (?:musical|tone|sound))",
-    "soft": r"(?:soft|faint)\b", "loud": r"loud\b", "mild": r"mild\b", "moderate": r"moderate\b", "severe": r"severe\b",
+    "loudness soft": r"(?:soft|faint)\b", "loudness loud": r"loud\b", "mild": r"mild\b", "moderate": r"moderate\b", "severe": r"severe\b",
     "inspiration": r"inspiratory\b", "expiration": r"expiratory\b",
     **{f"{part}{half}": rf"(?:{p}){half[:-2]}(?:ic|e)\b" for part, p in _PART_OF_CYCLE.items() for half in ("systolic", "diastolic")},
-    "systolic": r"systol(?:ic|e)\b", "diastolic": r"diastol(?:ic|e)\b",
+    "systole": r"systol(?:ic|e)\b", "diastole": r"diastol(?:ic|e)\b",
 }
 MODIFIERS_AFTER = {
     "inspiration": r"inspiration\b|breathing in\b", "expiration": r"expiration\b|breathing out\b",
@@ -351,14 +351,16 @@ def _verdict_faults(case):
     return [case.fault("polarity", "verdict")] if "normal" in verdicts and case.named else []
 
 # %% ../../nbs/bench/03_reader.ipynb #finding-faults
-_PHASES = {"inspiration", "expiration"}
+_PARTS = {"systole": "systolic", "diastole": "diastolic"}
+_PHASES = {"inspiration", "expiration", *_PARTS}
 
 def _modifier_fault(case, family, modifier):
     "The kind of fault that a modifier of a labelled finding is, or None"
     terms, kind = case.terms[family], "timing"
-    if modifier in _PHASES: right = [family, modifier] in case.labels.get("phases", [])
+    if modifier in _PHASES:
+        named = modifier in _PARTS and any(re.search(rf"\b(?:holo)?{_PARTS[modifier]}", t) for t in terms)
+        right = named or [family, modifier] in case.labels.get("phases", [])
     elif modifier in ("fine", "coarse"): right, kind = any(t.startswith(modifier) for t in terms), "detail"
-    elif modifier == "systolic": right = any(re.search(r"(?<!dia)systolic|holosystolic", t) for t in terms)
     elif modifier.endswith(("systolic", "diastolic", "continuous")): right = any(modifier in t for t in terms)
     else:
         key, _, value = modifier.partition(" ")
@@ -460,6 +462,12 @@ def _missing_phases(case):
     modifiers = {(c.what, d) for c in case.of("finding") for d in c.details}
     return [case.fault("dropped", f"{f}: {d}") for f, d in wanted if (f, d) not in modifiers]
 
+def _missing_character(case):
+    "What is known of how a murmur sounds"
+    if not case.terms: return _missing_denial(case)
+    modifiers, known = {d for c in case.of("finding") for d in c.details}, [" ".join(pair) for pair in case.labels.get("murmur", ())]
+    return _missing_findings(case) + [case.fault("dropped", f"murmur: {d}") for d in known if d not in modifiers]
+
 # %% ../../nbs/bench/03_reader.ipynb #sites-missing
 def _missing_sites(case):
     places = {c.what for c in case.of("place")}
@@ -483,7 +491,8 @@ def _missing_report(case):
     return out
 
 _MISSING = {"verdict": _missing_verdict, "murmur": _missing_answer, "present": _missing_answer, "quality": _missing_quality,
-            "times": _missing_numbers, "count": _missing_numbers, "phase": _missing_phases, "spread": _missing_sites}
+            "times": _missing_numbers, "count": _missing_numbers, "phase": _missing_phases, "character": _missing_character,
+            "spread": _missing_sites}
 
 def _case_faults(case):
     "All faults about one recording"
@@ -546,7 +555,8 @@ def faults(
 
 # %% ../../nbs/bench/03_reader.ipynb #05d-020
 _ALWAYS_WRONG = {"polarity", "added", "dropped", "quality", "refusal"}  # kinds of fault
-_ALSO_WRONG = {"times": {"timing", "number"}, "count": {"number"}, "phase": {"timing"}, "differential": {"diagnosis"},
+_ALSO_WRONG = {"times": {"timing", "number"}, "count": {"number"}, "phase": {"timing"}, "character": {"severity", "timing"},
+               "differential": {"diagnosis"},
                "loudest": {"place"}, "spread": {"place"}}
 
 def verdict_of(

@@ -28,7 +28,7 @@ MEASURES = (
     "diagnosis at 1", "diagnosis at 3", "contradictions per answer", "hallucination rate", "refusal rate", "false refusal rate",
     "ICBHI sensitivity", "ICBHI specificity")
 _FINDINGS_QUESTIONS = ("findings", "report", "reasoning", "differential", "patients", "sites", "noisy", "site")  # every finding by name
-_CONTENT_QUESTIONS = ("verdict", "times", "count", "phase", *_FINDINGS_QUESTIONS)  # answered with what the recording shows
+_CONTENT_QUESTIONS = ("verdict", "times", "count", "phase", "character", *_FINDINGS_QUESTIONS)  # answered with what the recording shows
 _TARGET_QUESTIONS = ("present", "murmur")  # about one family of findings
 _CONTRADICTIONS = {"polarity", "timing", "severity", "detail", "side", "place", "number", "diagnosis", "quality"}  # kinds of fault
 _TIMING_FAULTS = ("timing", "number", "dropped")

@@ -50,13 +50,17 @@ class Draw:
         murmurs = [t for t in found or () if FINDINGS[t].family == "murmur"]
         graded = (("grade", str(self.rng.integers(1, 7))), ("shape", self.one(["plateau", "diamond", "crescendo", "decrescendo"])), ("pitch", self.one(["low", "medium", "high"])))
         phases = [(f, p) for f, d in families.items() if d == "lung" and self.often(.5) for p in self.some(["inspiration", "expiration"], 1, 2)]
+        how = graded[:self.rng.integers(0, 4)] if len(murmurs) == 1 and "diastolic" not in murmurs[0] else ()
+        if murmurs == ["murmur"]:
+            if self.often(.5): how = (("loudness", self.one(["soft", "loud"])),)
+            phases += [("murmur", part) for part in self.some(["systole", "diastole"], 0, 2)]
         heard = tuple(self.some(AREAS, 1, 4)) if self.often(.5) else ()
         looked_for = {*families, *(FINDINGS[t].family for o in organs for t in self.some(TERMS[o], 1, 3))} if found is not None else ()
         return Facts(
             name, domain, self.one([None, "normal", "abnormal"]) if self.often(.2) else "abnormal" if found else "normal", found, self.maybe(AREAS if domain == "heart" and self.often(.6) else PLACES, .8),
             self.maybe(AGES, .7), self.one([None, "Female", "Male"]), self.one([None, "x"]), 60., self.maybe(["adequate", "adequate", "poor"], .6), tuple(phases), self.events(found), self.often(.3),
-            self.rng.integers(30, 220).item() if "heart" in organs and self.often(.5) else None, graded[:self.rng.integers(0, 4)] if len(murmurs) == 1 and "diastolic" not in murmurs[0] else (), heard,
-            self.one([*heard, *heard, None, self.one(PLACES)]), " and ".join(self.some([*DIAGNOSES], 0, 2)) or None, tuple(sorted(looked_for)), (), mixed)
+            self.rng.integers(30, 220).item() if "heart" in organs and self.often(.5) else None, how, heard,
+            self.one([*heard, *heard, None, self.one(PLACES)]), " and ".join(self.some([*DIAGNOSES], 0, 2)) or None, tuple(sorted(looked_for)), (), mixed, self.often(.3))
 
     def again(self, f, name):
         "Another recording of the patient of `f`: its murmur elsewhere, or whatever else"

@@ -54,7 +54,7 @@ ASSERTED = {  # what a text asserts: {finding, verdict or other thing: (holds, *
     "Expiratory wheezes and coarse crackles.": {"wheeze": ("yes", "expiration"), "crackle": ("yes", "coarse")},
     # severity and character
     "A holosystolic murmur, grade III/VI, high in pitch, plateau in shape.": {"murmur": ("yes", "holosystolic", "grade 3", "pitch high", "shape plateau")},
-    "A soft murmur.": {"murmur": ("yes", "soft")},
+    "A soft murmur.": {"murmur": ("yes", "loudness soft")},
     "Fine crackles.": {"crackle": ("yes", "fine")},
     # quality, refusal
     "Inadequate; please record it again.": {"poor": ("yes",)},
@@ -211,6 +211,9 @@ def known(draw, findings=None):
     graded = len(murmurs) == 1 and "systolic" in murmurs[0] and draw(st.booleans())
     at = tuple(draw(st.lists(st.sampled_from(PLACED["heart"]), min_size=1, max_size=4, unique=True))) if murmurs else ()
     murmur = (("grade", str(draw(st.integers(1, 6)))), ("shape", draw(st.sampled_from(["plateau", "diamond", "decrescendo"]))), ("pitch", draw(st.sampled_from(["low", "medium", "high"])))) if graded else ()
+    if murmurs == ["murmur"]:
+        murmur = draw(st.sampled_from([(), (("loudness", "soft"),), (("loudness", "loud"),)]))
+        phases += tuple(("murmur", part) for part in draw(st.sampled_from([(), ("systole",), ("diastole",), ("systole", "diastole")])))
     return Facts(draw(st.sampled_from(["a1", "b2"])), domain, "abnormal" if found else "normal", found, site, draw(st.none() | st.sampled_from(["0.5", "4", "17", "61", "Child", "Infant"])), draw(st.sampled_from([None, "Female", "Male"])), "Digital stethoscope", 20.,
                  draw(st.sampled_from([None, "adequate"])), phases, events or (() if not found else None), bool(phases), draw(st.none() | st.integers(40, 180)) if domain == "heart" else None, murmur, at, draw(st.sampled_from(at)) if at else None,
                  draw(st.none() | st.sampled_from(sorted(DIAGNOSES))), tuple(sorted({*families, *draw(st.lists(st.sampled_from(sorted({FINDINGS[t].family for t in DOMAINS[domain]})), min_size=1, max_size=3))})))
@@ -220,7 +223,7 @@ def fitting(f):
     "The kinds of question that the facts support"
     murmurs = any(FINDINGS[t].family == "murmur" for t in f.findings)
     return ["verdict", "findings", "present", "report", "reasoning", "differential", "mismatch", "unanswerable", "treatment"] + ["murmur"]*(f.domain == "heart") + ["quality"]*bool(f.quality) + ["times", "count"]*(f.events is not None) + \
-           ["phase"]*(f.findings == () or {x for x, _ in f.phases} == {FINDINGS[t].family for t in f.findings} or (murmurs and len({FINDINGS[t].family for t in f.findings}) == 1 and "murmur" not in f.findings)) + ["site"]*bool(f.site) + ["spread"]*murmurs
+           ["phase"]*(f.findings == () or {x for x, _ in f.phases} == {FINDINGS[t].family for t in f.findings} or (murmurs and len({FINDINGS[t].family for t in f.findings}) == 1 and "murmur" not in f.findings)) + ["site"]*bool(f.site) + ["spread"]*murmurs + ["character"]*(bool(f.murmur) or f.findings == ())
 
 
 def about(kind, f, draw):

@@ -255,6 +255,7 @@ def test_score_says_what_is_wrong_with_predictions(stetholm, smoke_run, change, 
 
 # ask
 
+@pytest.mark.report("a question of 300 bytes")
 def test_ask_about_one_clip_prints_answer_probability_and_run(clips, smoke_run):
     question = "Is there a wheeze? The patient, a carpenter of 64 years, has coughed since spring." + " He smokes."*20
     assert len(question) > 255, "no file has so long a name"
@@ -276,6 +277,7 @@ def test_ask_about_two_clips_takes_the_newest_model_and_gives_a_probability_for_
     assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
 
 
+@pytest.mark.report("`make smoke` after a real run")
 def test_the_newest_run_of_the_largest_profile_answers_and_smoke_only_when_named(tmp_path, monkeypatch):
     monkeypatch.setenv("STETHOLM_RUNS", str(tmp_path))
     def trained(run, kind, profile, at):
@@ -387,6 +389,7 @@ def test_broken_recording_stops_the_run_and_the_command_told_goes_on(stetholm, p
     assert done.returncode == 0 and all((run/m).exists() for m in STAGES["audit"].makes), done.stderr
 
 
+@pytest.mark.report("`LC_ALL=")
 def test_a_run_needs_no_home_no_locale_and_no_kernel_that_jupyter_knows(stetholm, tmp_path):
     other = tmp_path/"jupyter/kernels/python3/kernel.json"
     other.parent.mkdir(parents=True)
@@ -399,6 +402,7 @@ def test_a_run_needs_no_home_no_locale_and_no_kernel_that_jupyter_knows(stetholm
     assert all((made/m).exists() for m in STAGES["audit"].makes) and "T\u00f6ne \u2661" in (made/"run.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.report("HOME read-only")
 def test_a_folder_for_runs_that_cannot_be_written_is_told_before_the_first_stage(stetholm):
     stetholm.environment["STETHOLM_RUNS"] = "/proc/runs"
     refused(stetholm("reproduce", "--profile", "smoke"), 2, "/proc/runs/smoke-phantom cannot be written", "set STETHOLM_RUNS to a folder that can")

@@ -231,6 +231,7 @@ def test_tokens_and_cost_by_hand(desk):
     assert chat([]) == [] and chat(talk("e", "e")) == ["re: e"]*2 and chat.usage["requests"] == 7 and chat.usage["cached"] == 4
 
 
+@pytest.mark.report("a reasoning model")
 @pytest.mark.parametrize("fault, workers, words", [("thoughts", 1, 40), ("silent thoughts", 4, 40), ("thoughts", 3, 2)])
 def test_a_model_that_only_thinks_is_told_after_a_few_replies(desk, fault, workers, words):
     desk["always"] = lambda body: fault

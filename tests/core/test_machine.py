@@ -31,10 +31,12 @@ def test_the_check_of_encodings_finds_what_it_looks_for():
     assert sorted(found) == [1, 2, 5, 6, 7]
 
 
+@pytest.mark.report("`LC_ALL=")
 def test_every_text_is_read_and_written_as_utf8():
     assert [f"{f.name} line {n}" for f in package_folder().rglob("*.py") for n in without_encoding(ast.parse(f.read_text(encoding="utf-8")))] == []
 
 
+@pytest.mark.report("HOME read-only")
 def test_a_home_that_cannot_be_written_is_spared(monkeypatch, tmp_path):
     monkeypatch.delenv("STETHOLM_CACHE", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -49,6 +51,7 @@ def test_a_home_that_cannot_be_written_is_spared(monkeypatch, tmp_path):
     assert home_variables()["NUMBA_CACHE_DIR"] == "/scratch/me/numba"
 
 
+@pytest.mark.report("HOME read-only")
 def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch):
     for variable in ("STETHOLM_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(variable, raising=False)
     with pytest.raises(StethoError, match="/proc/stetholm cannot be written .*set STETHOLM_CACHE"): writable(Path("/proc/stetholm"), "STETHOLM_CACHE")
@@ -59,6 +62,7 @@ def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch):
     assert cache_folder() == Path("/scratch/x")
 
 
+@pytest.mark.report("`JUPYTER_PATH`")
 def test_the_kernel_is_that_of_this_python(monkeypatch, tmp_path):
     other = tmp_path/"kernels/python3/kernel.json"
     other.parent.mkdir(parents=True)
@@ -67,6 +71,7 @@ def test_the_kernel_is_that_of_this_python(monkeypatch, tmp_path):
     assert kernel_manager().kernel_spec.argv[0] == sys.executable
 
 
+@pytest.mark.report("run names and values with blanks")
 def test_a_command_can_be_pasted():
     run = Run(Path("runs/it's new"), PROFILES["mini"], "/data/heart & lung")
     assert reproduce_command(run, "--until", "sft").endswith("""--run 'it'"'"'s new' --recordings '/data/heart & lung' --until sft""")

@@ -116,6 +116,7 @@ def test_a_missing_file(shop, tmp_path):
     with pytest.raises(StethoError, match="could not be reached in 1 tries .ConnectionError"): download(Download("http://127.0.0.1:9/a.zip", "a.zip"), tmp_path, attempts=1)
 
 
+@pytest.mark.report("TLS or proxy")
 def test_a_certificate_or_a_proxy_that_fails_is_told_at_once(shop, tmp_path, monkeypatch):
     begun, secure = time.monotonic(), shop["url"].replace("http:", "https:")
     with pytest.raises(StethoError, match="no secure connection to .*set REQUESTS_CA_BUNDLE"): download(Download(f"{secure}/a.bin", "a.bin"), tmp_path)

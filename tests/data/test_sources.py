@@ -266,6 +266,7 @@ ICBHI_STEMS = ("101_1b1_Al_sc_Meditron", "102_1b1_Ar_sc_Meditron", "103_2b2_Ar_m
     {"patient_diagnosis.csv": "101,URTI\n102,Healthy\n103,Asthma\n104,COPD\n", "demographic_info.txt": "101 3 F NA 19 99\n102 0.75 F NA 9.8 73\n103 70 F 33 NA NA\n104 70 F 28.47 NA NA\n"},
     {"labels/diagnosis.csv": "patient_id,disease\n101,URTI\n102,Healthy\n103,Asthma\n104,COPD\n", "labels/demographic-info.csv": "Patient,Age,Sex,BMI,Weight,Height\n101,3.0,F,,19,99\n102,0.75,F,,9.8,73\n103,70.0,F,33,,\n104,70,F,28.47,,\n"},
     {"d.txt": "101\tURTI\r\n102\tHealthy\r\n103\tAsthma\r\n104\tCOPD", "p.txt": "101\t3\tF\tNA\t19\t99\n102\t0.75\tF\tNA\t9.8\t73\n103\t70\tF\t33\tNA\tNA\n104\t70\tF\t28.47\tNA\tNA\n"}])
+@pytest.mark.report("ICBHI in the layout")
 def test_icbhi_in_the_layouts_of_other_repositories(tmp_path, stetholm, tables):
     for i, stem in enumerate(ICBHI_STEMS):
         tiny(tmp_path/f"db/{stem}.wav", i)
@@ -281,6 +282,7 @@ def test_icbhi_in_the_layouts_of_other_repositories(tmp_path, stetholm, tables):
     assert done.returncode == 0 and "no table of the diagnosis was found (" in done.stdout and "no table of the demographics was found (" in done.stdout and "of the split" not in done.stdout
 
 
+@pytest.mark.report("ICBHI in the layout")
 def test_cinc2016_with_its_appendix_and_its_validation_folder(layouts, tmp_path):
     folder = tmp_path/"cinc"
     shutil.copytree(layouts/"CinC2016", folder)

@@ -58,6 +58,7 @@ def folder(tmp_path):
     return save
 
 
+@pytest.mark.report("a language model without a padding token")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_this_kind_answers_learns_and_is_saved(folder, tmp_path, kind):
     config, words, end, markers = KINDS[kind]
@@ -119,12 +120,14 @@ REFUSED = {
     "one token for both verdicts": (LlamaConfig(**SIZES), same_verdicts, "one token: P.abnormal. cannot be read"),
 }
 
+@pytest.mark.report("a language model without a padding token")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_that_cannot_be_used_is_refused_by_its_config(folder, kind):
     config, words, match = REFUSED[kind]
     with pytest.raises(StethoError, match=match): check_backbone(folder(config, words()))
 
 
+@pytest.mark.report("a language model without a padding token")
 def test_a_folder_without_a_whole_model_says_what_it_is(tmp_path):
     with pytest.raises(StethoError, match="no model at .*: give a folder with its config.json"): check_backbone(str(tmp_path))
     with pytest.raises(StethoError, match="no model at /nowhere"): check_backbone("/nowhere")
@@ -134,6 +137,7 @@ def test_a_folder_without_a_whole_model_says_what_it_is(tmp_path):
     with pytest.raises(StethoError, match="is a LoRA adapter of me/base: merge the two"): check_backbone(str(tmp_path))
 
 
+@pytest.mark.report("a language model without a padding token")
 def test_a_run_with_such_a_model_is_refused_before_its_first_stage(folder, stetholm):
     name = folder(REFUSED["no chat template"][0], REFUSED["no chat template"][1]())
     done = stetholm("reproduce", "--profile", "smoke", "--set", f"language_model={name}")

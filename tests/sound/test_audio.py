@@ -314,6 +314,7 @@ def test_channels_of_one_sound_are_averaged_as_before(tmp_path):
     assert every_reader(path)[1] == [] and np.array_equal(read_audio(path)[0], both.astype(np.float32).mean(1))
 
 
+@pytest.mark.report("24 h at 4 kHz")
 def test_memory_and_reading_do_not_grow_with_the_length_of_a_recording(tmp_path, monkeypatch):
     def peak(f):
         tracemalloc.start()
