@@ -502,13 +502,13 @@ def _treatment(f, pick, rng, about):
 # %% ../../nbs/bench/02_grammar.ipynb #05f-017
 _ANSWERS = dict(
     verdict=_verdict, murmur=_murmur, quality=_quality, findings=_findings, present=_present, times=_times, count=_count,
-    phase=_phase, character=_findings, report=_report, reasoning=_reasoning, differential=_differential, site=_site, spread=_spread, noise=_noise,
-    mismatch=_mismatch, unanswerable=_unanswerable, treatment=_treatment)
+    phase=_phase, character=_findings, report=_report, reasoning=_reasoning, differential=_differential, site=_site,
+    spread=_spread, noise=_noise, mismatch=_mismatch, unanswerable=_unanswerable, treatment=_treatment)
 _DEPENDS_ON = dict(  # fields of `Facts`
     quality=("quality",), murmur=("phases", "murmur"), findings=("phases", "murmur"), present=("phases", "murmur"), times=("events",),
-    count=("events",), phase=("phases",), character=("phases", "murmur"), report=("phases", "murmur", "rate"), reasoning=("phases", "murmur", "age", "diagnosis"),
-    differential=("phases", "age", "diagnosis"), site=("phases", "murmur"), loudest=("loudest",), spread=("heard_at", "loudest"),
-    sites=("loudest", "heard_at"), noisy=("quality",), noise=("quality",))
+    count=("events",), phase=("phases",), character=("phases", "murmur"), report=("phases", "murmur", "rate"),
+    reasoning=("phases", "murmur", "age", "diagnosis"), differential=("phases", "age", "diagnosis"), site=("phases", "murmur"),
+    loudest=("loudest",), spread=("heard_at", "loudest"), sites=("loudest", "heard_at"), noisy=("quality",), noise=("quality",))
 
 def respond(
     kind:str,                 # of question
