@@ -43,8 +43,11 @@ class Profile:
     instructions_model:str = ""       # its name there
     instructions_max_tokens:int = 400 # its longest reply; a model that thinks aloud needs thousands
     # encoder and projector
-    alignment_width:float = 0.25      # EfficientNet width coefficient (1.0 is B0)
-    alignment_depth:float = 0.25      # EfficientNet depth coefficient (1.0 is B0)
+    alignment_network:str = "residual" # efficientnet, residual or mobilenet, or several of equal steps joined by +
+    alignment_width:float = 0.25      # of the network; of EfficientNet 1.0 is B0
+    alignment_depth:float = 1.        # likewise
+    alignment_dim:int = 32            # of an embedding; 0: all that the network gives
+    alignment_audioset:bool = False   # the mobilenet starts from AudioSet's weights
     alignment_checkpoint:str = ""     # file of OPERA-CE's weights that the encoder starts from; empty: none
     alignment_statistics:bool = True  # statistics of the bands beside what the encoder learns
     alignment_phantoms:int = 8        # synthetic patients whose labels the encoder learns first; 0: none
@@ -110,7 +113,7 @@ PROFILES = {
     "smoke": Profile(),
     "mini": Profile(
         name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_width=0.5, alignment_depth=0.5, alignment_phantoms=600, alignment_phantom_epochs=6,
+        alignment_network="efficientnet", alignment_width=0.5, alignment_depth=0.5, alignment_dim=0, alignment_phantoms=600, alignment_phantom_epochs=6,
         alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=16, alignment_lr=7e-4,
         alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
         sft_steps=160, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640,
@@ -121,7 +124,7 @@ PROFILES = {
     "paper": Profile(
         name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512, window_s=7., max_windows=4,
         phantom_patients=400, instructions_per_task=1,
-        alignment_width=1., alignment_depth=1., alignment_statistics=False, alignment_phantoms=0, alignment_objective="cola",
+        alignment_network="efficientnet", alignment_width=1., alignment_depth=1., alignment_dim=0, alignment_statistics=False, alignment_phantoms=0, alignment_objective="cola",
         alignment_crop_s=4., alignment_batch=128, alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000,
         language_model="google/medgemma-4b-it",
         sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_evaluations=90, sft_patience=5,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DYNAMIC_RANGE_DB', 'EDGE_FRAMES', 'resample', 'load_audio', 'window_starts', 'windows', 'LogMel', 'log_mel',
-           'standardise', 'band_statistics', 'is_silent', 'file_windows', 'recording_windows', 'recording_features']
+           'standardise', 'normalise_bands', 'band_statistics', 'is_silent', 'file_windows', 'recording_windows',
+           'recording_features']
 
 # %% ../../nbs/sound/01_audio.ipynb #imports
 import math
@@ -145,6 +146,15 @@ def standardise(
     "Log-mel windows as the encoder takes them"
     mel = _limit_range(mel)
     mel = mel - mel.mean((-2, -1), keepdim=True)
+    return mel / (mel.std((-2, -1), keepdim=True) + 1e-2)
+
+# %% ../../nbs/sound/01_audio.ipynb #normalise-bands
+def normalise_bands(
+    mel:torch.Tensor,  # (..., n_mels, frames) dB
+) -> torch.Tensor:     # same shape; each band has mean 0, the window standard deviation 1; all 0 for a constant one
+    "Log-mel windows without what is constant over time in each band"
+    mel = _limit_range(mel)
+    mel = mel - mel.mean(-1, keepdim=True)
     return mel / (mel.std((-2, -1), keepdim=True) + 1e-2)
 
 # %% ../../nbs/sound/01_audio.ipynb #01-bands1

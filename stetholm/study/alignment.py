@@ -23,6 +23,7 @@ from ..data.checks import note_training
 from ..data.recordings import load_recordings
 from ..model.backbones import assemble, check_backbone, load_backbone
 from ..model.encoder import embed, new_encoder
+from ..model.labels import labels_to_hear
 from ..model.opera import load_opera
 from ..model.probes import label_probe
 from ..score.probing import probe_verdicts
@@ -53,7 +54,7 @@ def alignment(
     check_backbone(p.language_model)  # the encoder takes long
     features, key = make_features(table, p, run/"features"), encoder_key(run)
 
-    encoder = new_encoder(p).to(device())
+    encoder = new_encoder(p, labels_to_hear(table[table.split == "train"])).to(device())
     log = load_encoder(run/"encoder", key, encoder)
     if known := log is not None: print("encoder: as it was trained before", flush=True)
     else:

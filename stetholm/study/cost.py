@@ -31,7 +31,8 @@ from ..data.recordings import load_recordings
 from ..model.backbones import assemble, load_backbone
 from ..model.encoder import new_encoder
 from ..model.lm import StethoLM, answer
-from ..model.probes import LabelProbe, common_families
+from ..model.labels import common_families
+from ..model.probes import LabelProbe
 from ..score.candidates import temperatures
 from ..sound.audio import load_audio, windows
 from ..sound.features import make_features

@@ -25,8 +25,8 @@ from ..core.config import Profile, StethoError
 from ..core.files import read_json, write_json, write_whole
 from ..core.intervals import auroc
 from ..data.sources import scan
-from ..model.encoder import AudioEncoder, ColaHead, encode_recordings
-from ..model.probes import common_families, label_matrix
+from ..model.encoder import AudioEncoder, ColaHead, hear_recordings
+from ..model.labels import label_matrix
 from ..phantom.patients import make_phantom
 from ..sound.augmentations import augment
 from ..sound.features import Features, make_features
@@ -104,25 +104,27 @@ def phases_of(
 def train_phase(
     phase:Phase,                # objective and corpus
     encoder:AudioEncoder,       # trained in place
-    head:nn.Module,             # of that objective, trained in place
-    families:tuple,             # labels beside the verdict
+    cola:ColaHead,              # of COLA, trained in place
     profile:Profile,            # `alignment_*` and front-end fields
     generator:torch.Generator,  # of the order and the crops
 ):
     "Train one phase; yields (mean loss, seconds) after every epoch"
     p, device = profile, next(encoder.parameters()).device
-    ids, targets = phase.corpus.table.recording_id.to_numpy(), torch.from_numpy(label_matrix(phase.corpus.table, families))
+    ids, targets = phase.corpus.table.recording_id.to_numpy(), torch.from_numpy(label_matrix(phase.corpus.table, encoder.labels))
     weight = ((targets == 0).sum(0)/(targets == 1).sum(0).clamp(min=1)).clamp(*POSITIVE_WEIGHT).to(device)
     frames, batch = int(p.alignment_crop_s*p.sample_rate/p.hop), min(p.alignment_batch, len(ids))
-    steps, parameters = len(ids)//batch, [*encoder.parameters(), *head.parameters()]
+    steps, parameters = len(ids)//batch, [*encoder.parameters(), *(cola.parameters() if phase.kind == "cola" else ())]
     optimiser = torch.optim.AdamW(parameters, lr=p.alignment_lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, p.alignment_lr, total_steps=steps*phase.epochs + 1, pct_start=WARM_UP)
     for _ in range(phase.epochs):
         start, total = time.perf_counter(), 0.
         encoder.train()
         for rows in torch.randperm(len(ids), generator=generator)[:steps*batch].view(steps, batch):
-            def crop(): return encoder.backbone(crops(phase.corpus.features, ids[rows], frames, generator).to(device)).mean(1)
-            loss = cola_loss(head(crop(), crop())) if phase.kind == "cola" else label_loss(head(crop()), targets[rows].to(device), weight)
+            def crop(): return crops(phase.corpus.features, ids[rows], frames, generator).to(device)
+            if phase.kind == "cola": loss = cola_loss(cola(*(encoder.networks(crop()).mean(1) for _ in range(2))))
+            else:
+                _, heard = encoder.heads(encoder.embedding(crop()))
+                loss = label_loss(heard, targets[rows].to(device), weight)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.)
@@ -143,16 +145,15 @@ def pretrain(
 ) -> pd.DataFrame:         # one row per epoch: losses on train, AUROC on val, seconds
     "Every phase of the profile's objective. Raises what `phases_of` raises."
     p, real = profile, Corpus(table[table.split == "train"], features)
-    phases, families = phases_of(p, real, phantoms), common_families(real.table)
-    val, every = table[(table.split == "val") & table.binary.notna()], sum(phase.epochs for phase in phases)
+    phases, val = phases_of(p, real, phantoms), table[(table.split == "val") & table.binary.notna()]
+    every = sum(phase.epochs for phase in phases)
     device = next(encoder.parameters()).device
     encoder.to(memory_format=torch.channels_last)  # 2 to 6 times faster convolutions on a CPU
-    cola = (cola or ColaHead(encoder.backbone_dim)).to(device)
-    head = nn.Linear(encoder.backbone_dim, 1 + len(families)).to(device)
+    cola = (cola or ColaHead(encoder.networks.dim)).to(device)
     generator, log = torch.Generator().manual_seed(p.seed), []
     for phase in phases:
-        for loss, seconds in train_phase(phase, encoder, cola if phase.kind == "cola" else head, families, p, generator):
-            known = auroc(val.binary == "abnormal", _scores(encoder, head, features, val, device)) if phase.kind == "labels" else np.nan
+        for loss, seconds in train_phase(phase, encoder, cola, p, generator):
+            known = auroc(val.binary == "abnormal", _scores(encoder, features, val)) if phase.kind == "labels" else np.nan
             log.append({"phase": "encoder", "step": len(log) + 1, phase.kind: loss, "val_auroc": known, "seconds": seconds})
             auc = f"val AUROC {known:.3f}, " if known == known else ""
             report(f"epoch {len(log)}/{every}: {phase.kind} loss {loss:.3f}, {auc}{seconds:.0f} s")
@@ -163,11 +164,10 @@ def pretrain(
     encoder.standardise(features, real.table.recording_id)
     return pd.DataFrame(log, columns=["phase", "step", *(phase.kind for phase in phases), "val_auroc", "seconds"])
 
-@torch.no_grad()
-def _scores(encoder, head, features, table, device):
-    encoder.eval()
-    pooled = encode_recordings(encoder, lambda mel: encoder.backbone(mel).mean(1), features, table.recording_id)
-    return head(torch.stack([x.mean(0) for x in pooled.values()]).to(device))[:, 0].cpu().numpy()
+def _scores(encoder, features, table):
+    "Logits of abnormal"
+    heard = hear_recordings(encoder.eval(), features, table.recording_id)
+    return np.array([x[0] for x in heard.values()])
 
 # %% ../../nbs/train/00_pretraining.ipynb #kept
 PHANTOM_SEED = 1_000_000  # added to the profile's seed, so that the patients differ from those of the phantom corpus
