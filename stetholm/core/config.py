@@ -48,6 +48,9 @@ class Profile:
     alignment_depth:float = 1.        # likewise
     alignment_dim:int = 32            # of an embedding; 0: all that the network gives
     alignment_audioset:bool = False   # the mobilenet starts from AudioSet's weights
+    alignment_style:float = .5        # share of the crops with the style of another recording
+    alignment_noise:float = .5        # share of the crops with noise
+    alignment_events:float = .5       # weight of the loss of timed events; 0: none
     alignment_checkpoint:str = ""     # file of OPERA-CE's weights that the encoder starts from; empty: none
     alignment_statistics:bool = True  # statistics of the bands beside what the encoder learns
     alignment_phantoms:int = 8        # synthetic patients whose labels the encoder learns first; 0: none
