@@ -95,7 +95,7 @@ def recordings_of(
 RealRecordings = Annotated[Optional[List[str]], typer.Option(
     help="real recordings: a folder in the layout of stetho-mini, a table of `data scan`, or a pack of `data pack` by name; "
          "may name several, or be repeated; without it, synthetic ones are made")]
-MoreRecordings = Annotated[Optional[List[str]], typer.Argument(metavar="[MORE]...", help="further recordings, after --recordings")]
+MoreRecordings = Annotated[Optional[List[str]], typer.Argument(metavar="MORE", help="further recordings, after --recordings")]
 
 @app.command()
 def reproduce(
@@ -257,7 +257,8 @@ def ablate(
     "The study as far as SFT with one thing changed at a time, as one table; variants that are up to date are skipped"
     disable_progress_bars()
     from stetholm.study.ablations import ablate as run_variants, format_ablations
-    table = run_variants(profile, run, recordings_of(recordings, more=more), overrides_of(changes), only, lambda line: print(line, flush=True))
+    data, overrides = recordings_of(recordings, more=more), overrides_of(changes)
+    table = run_variants(profile, run, data, overrides, only, lambda line: print(line, flush=True))
     _write_csv(table, out)
     print(format_ablations(table).to_string(index=False), f"\n{len(table)} variants in {out}")
 
@@ -274,7 +275,8 @@ def objectives(
     "SFT, DPO and mDPO on the same pairs, and mDPO against each degradation, as one table"
     disable_progress_bars()
     from stetholm.study.objectives import OBJECTIVE_NAMES, claim, format_objectives, study
-    table = study(profile, run, recordings_of(recordings, more=more), overrides_of(changes), only, lambda line: print(line, flush=True))
+    data, overrides = recordings_of(recordings, more=more), overrides_of(changes)
+    table = study(profile, run, data, overrides, only, lambda line: print(line, flush=True))
     _write_csv(table, out)
     print(format_objectives(table).to_string(index=False))
     for m in OBJECTIVE_NAMES:
