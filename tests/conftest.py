@@ -17,6 +17,8 @@ COMMAND = Path(sys.executable).with_name("stetholm")
 # Arguments of Python: `accelerate launch`, which starts several processes without MPI where it takes them for GPUs; without a GPU they talk by gloo
 TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
+RECORDINGS = Path(os.environ.get("STETHOLM_RECORDINGS") or REPO.parent/"shared/stetho-mini")
+
 for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
 
 
@@ -87,7 +89,7 @@ def smoke_run(stetholm_in):
 @pytest.fixture(scope="session")
 def recordings():
     "The stetho-mini pack"
-    folder = Path(os.environ.get("STETHOLM_RECORDINGS") or REPO.parent/"shared/stetho-mini")
+    folder = RECORDINGS
     if not (folder/"metadata.csv").is_file():
         missing = f"no recordings at {folder}: set STETHOLM_RECORDINGS to the folder of the stetho-mini pack"
         if os.environ.get("CI"): pytest.fail(missing)
@@ -95,14 +97,21 @@ def recordings():
     return folder
 
 
+@pytest.fixture(scope="session")
+def beside(recordings):
+    "A folder beside the pack, by its name"
+    def find(name):
+        assert (recordings.parent/name/"README.md").is_file(), f"no {name} beside {recordings}"
+        return recordings.parent/name
+    return find
+
+
 # users' reports
 
 @pytest.fixture(scope="session")
-def reports(recordings):
+def reports(beside):
     "Inputs from users' reports and published sets, with the list of what should come out"
-    folder = recordings.parent/"reports"
-    assert (folder/"README.md").is_file(), f"no reports beside {recordings}"
-    return folder
+    return beside("reports")
 
 
 def report_rows(folder):
@@ -124,7 +133,7 @@ def pytest_runtest_makereport(item, call):
 def pytest_terminal_summary(terminalreporter, config):
     if config.option.markexpr != "report": return
     done = [r for of in terminalreporter.stats.values() for r in of if getattr(r, "when", None) == "call" or getattr(r, "failed", False)]
-    for given, expected in report_rows(Path(os.environ.get("STETHOLM_RECORDINGS") or REPO.parent/"shared/stetho-mini").parent/"reports"):
+    for given, expected in report_rows(RECORDINGS.parent/"reports"):
         terminalreporter.write_line(f"\n{given}\n    expected: {expected}")
         for r in done:
             about = dict(r.user_properties)

@@ -18,7 +18,6 @@ from stetholm.data.sources import read_source, scan
 from stetholm.model.processor import StethoLMFeatureExtractor
 from stetholm.sound.reading import AudioFile
 
-
 SECONDS = 10.
 
 
@@ -51,7 +50,7 @@ def test_a_tsv_under_another_name_costs_heart_states_only(circor, outcome):
     table, found = circor
     without = table[table.events.map(len) == 0].recording_id.tolist()
     outcome(len(table), "recordings;", *without, "without heart states;", *found.notes)
-    assert len(table) == 6 and without == ["circor_50782_MV_1"] and any("annotation file missing" in note or "circor_50782_MV_1" in note for note in [*found.notes, table.set_index("recording_id").extra[without[0]]])
+    assert len(table) == 6 and without == ["circor_50782_MV_1"] and "annotation file missing" in table.set_index("recording_id").extra[without[0]]
 
 
 @pytest.mark.report("then `synthesize` on that table")
@@ -70,7 +69,7 @@ def test_recordings_without_a_row_stay(tmp_path, outcome):
     (tmp_path/"train").mkdir()
     for i, name in enumerate(names): soundfile.write(tmp_path/f"train/{name}.wav", .1*np.random.default_rng(i).standard_normal(400), 4000)
     (tmp_path/"train.csv").write_text("patient_id,AS,AR,MR,MS,N\npatient_003,0,0,0,0,1\npatient_007,1,0,0,0,0\n")
-    table, found = read_source("bmd_hs", tmp_path)
+    table = scan("bmd_hs", tmp_path)
     told = [i for i, e in zip(table.recording_id, table.extra) if "patient without labels" in e]
     outcome(len(table), "rows,", int(table.binary.isna().sum()), "without labels, told of", len(told))
     assert len(table) == 24 and table.binary.isna().sum() == 8 and told == table.recording_id[table.binary.isna()].tolist()
@@ -105,7 +104,7 @@ def test_no_phase_is_asked_where_none_is_known(reports, stetholm, outcome):
     pairs = pd.read_parquet(next(stetholm.cwd.glob("*stethobench*.parquet")))
     phases = pairs[pairs.pair_id.str.contains("M0008.*:phase:")].response.tolist()
     outcome(made.stdout.splitlines()[0], "; phase of M0008:", *phases)
-    assert made.returncode == 0 and len(pairs) > 40 and all("early systolic" in answer and "rub" not in answer for answer in phases)
+    assert made.returncode == 0 and len(pairs) > 40 and len(phases) == 1 and "early systolic" in phases[0] and "rub" not in phases[0]
 
 
 # audio
@@ -114,9 +113,9 @@ AS_LONG = ("sox_pipe", "arecord_stopped", "length_of_file", "zero_length", "odd_
 
 @pytest.mark.report("`sox_pipe.wav`")
 def test_headers_of_streams(made, outcome, tmp_path):
-    for i, name in enumerate(("good", *AS_LONG)): (tmp_path/f"{name}.wav").write_bytes((made/f"wav/{name}.wav").read_bytes())
+    for name in AS_LONG: (tmp_path/f"{name}.wav").write_bytes((made/f"wav/{name}.wav").read_bytes())
     (tmp_path/"t.csv").write_text("path,labels,domain\n" + "".join(f"{name}.wav,normal,heart\n" for name in AS_LONG))
-    table, found = read_source("folder", tmp_path)
+    table = scan("folder", tmp_path)
     outcome(*(f"{n} {s:.1f} s{' (noted)' if 'unusual audio' in e else ''};" for n, s, e in zip(AS_LONG, table.duration_s, table.extra)))
     assert table.duration_s.round(1).tolist() == [SECONDS]*len(AS_LONG) and all("header" in e for e in table.extra[:4])
 

@@ -11,7 +11,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from .facts import Facts
+from .facts import PARTS_OF_CYCLE, Facts
 from ..data.vocabulary import FINDINGS
 
 # %% ../../nbs/bench/01_differential.ipynb #05c-004
@@ -82,12 +82,10 @@ CAUSES = {c.name: c for c in [
 ]}
 
 # %% ../../nbs/bench/01_differential.ipynb #explains
-_PARTS = {"systole": ("systolic", "continuous"), "diastole": ("diastolic", "continuous")}
-
 @cache
 def _rank(cause, term, phases=()):
     "Place of the finding among those of the cause, or None"
-    parts = [word for family, phase in phases if family == "murmur" for word in _PARTS[phase]]
+    parts = [word for family, phase in phases if family == "murmur" for word in (PARTS_OF_CYCLE[phase], "continuous")]
     general = lambda of: term == FINDINGS[term].family == FINDINGS[of].family
     fits = lambda of: of == term or general(of) and (term != "murmur" or not parts or any(part in of for part in parts))
     return next((i for i, of in enumerate(cause.findings) if fits(of)), None)

@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from .differential import POINTS_TO, differential, for_and_against, likeliest, lobe_of, origin, valve_of, years
-from .facts import Facts, agrees, evidence, murmurs, timed_murmurs
+from .facts import PARTS_OF_CYCLE, Facts, agrees, evidence, murmurs, timed_murmurs
 from ..data.vocabulary import FINDINGS
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-005
@@ -272,7 +272,7 @@ def hide_unstated(
     return out if len(known) == 1 or all(stated) else [f._replace(loudest=None) for f in out]
 
 # %% ../../nbs/bench/02_grammar.ipynb #05f-010
-_ADJECTIVES = {"inspiration": "inspiratory", "expiration": "expiratory", "systole": "systolic", "diastole": "diastolic"}
+_ADJECTIVES = {"inspiration": "inspiratory", "expiration": "expiratory", **PARTS_OF_CYCLE}
 
 def finding_phrase(
     term:str,                 # a finding

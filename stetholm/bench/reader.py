@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .differential import CAUSES, valve_of
+from .facts import PARTS_OF_CYCLE
 from ..data.sources import SOURCES
 from ..data.vocabulary import DIAGNOSES, FINDINGS
 
@@ -351,14 +352,13 @@ def _verdict_faults(case):
     return [case.fault("polarity", "verdict")] if "normal" in verdicts and case.named else []
 
 # %% ../../nbs/bench/03_reader.ipynb #finding-faults
-_PARTS = {"systole": "systolic", "diastole": "diastolic"}
-_PHASES = {"inspiration", "expiration", *_PARTS}
+_PHASES = {"inspiration", "expiration", *PARTS_OF_CYCLE}
 
 def _modifier_fault(case, family, modifier):
     "The kind of fault that a modifier of a labelled finding is, or None"
     terms, kind = case.terms[family], "timing"
     if modifier in _PHASES:
-        named = modifier in _PARTS and any(re.search(rf"\b(?:holo)?{_PARTS[modifier]}", t) for t in terms)
+        named = modifier in PARTS_OF_CYCLE and any(re.search(rf"\b(?:holo)?{PARTS_OF_CYCLE[modifier]}", t) for t in terms)
         right = named or [family, modifier] in case.labels.get("phases", [])
     elif modifier in ("fine", "coarse"): right, kind = any(t.startswith(modifier) for t in terms), "detail"
     elif modifier.endswith(("systolic", "diastolic", "continuous")): right = any(modifier in t for t in terms)

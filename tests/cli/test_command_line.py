@@ -92,6 +92,7 @@ WRONG = {
     "stage before": ("reproduce --profile smoke --from sft", "--from audit"),
     "run name": ("reproduce --profile smoke --run ../elsewhere", "plain folder name"),
     "recordings": ("reproduce --recordings nowhere", "nowhere"),
+    "recordings without their option": ("reproduce mini", "what is 'mini'? recordings are given by --recordings"),
     "dataset": ("data scan mimic .", "unknown dataset 'mimic'"),
     "empty folder": ("data scan stetho-mini .", "metadata.csv"),
     "no folder": ("data scan stetho-mini nowhere", "no folder at nowhere"),

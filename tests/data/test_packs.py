@@ -265,6 +265,7 @@ def test_a_pack_by_name_is_made_first_and_used_again(shop, monkeypatch):
     assert recordings_of(["tiny pack"], True) == [str(MADE), "pack"] and is_the_pack(MADE, shop)
     n = len(shop["asked"])
     assert recordings_of(["tiny"]) == [str(MADE)] and len(shop["asked"]) == n
+    assert recordings_of(["tiny"], more=["pack"]) == recordings_of(["tiny", "pack"])
     assert open_run("smoke", recordings=recordings_of(["tiny", "pack"])).name == "smoke-tiny+pack"
     Path("tiny").mkdir()
     assert recordings_of(["tiny"]) == ["tiny"]

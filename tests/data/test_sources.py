@@ -22,11 +22,9 @@ KEYS = {"sprsound", "icbhi", "kauh", "circor", "cinc2016", "hlscmds", "zchsound"
 
 
 @pytest.fixture(scope="module")
-def layouts(recordings):
+def layouts(beside):
     "A few real files of each dataset, in its publisher's own folders"
-    folder = recordings.parent/"layouts"
-    assert (folder/"README.md").is_file(), f"no layouts beside {recordings}"
-    return folder
+    return beside("layouts")
 
 
 def rows(key, folder, **how): return scan(key, folder, **how).set_index("recording_id")
