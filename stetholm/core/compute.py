@@ -65,7 +65,8 @@ def thread_pool(
 # %% ../../nbs/core/02_compute.ipynb #environment
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "MALLOC_ARENA_MAX": "1", "PYTHONUTF8": "1",
+    "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", "PYTHONUTF8": "1",
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28),
 }
 
 # %% ../../nbs/core/02_compute.ipynb #kernel

@@ -43,24 +43,23 @@ class Profile:
     instructions_model:str = ""       # its name there
     instructions_max_tokens:int = 400 # its longest reply; a model that thinks aloud needs thousands
     # encoder and projector
-    alignment_network:str = "residual" # efficientnet, residual or mobilenet, or several of equal steps joined by +
+    alignment_network:str = "residual+residual"  # efficientnet, residual or mobilenet; or two of them, for hearts+lungs
     alignment_width:float = 0.25      # of the network; of EfficientNet 1.0 is B0
     alignment_depth:float = 1.        # likewise
-    alignment_dim:int = 32            # of an embedding; 0: all that the network gives
-    alignment_audioset:bool = False   # the mobilenet starts from AudioSet's weights
+    alignment_dim:int = 32            # of the embedding of each network; 0: all that the network gives
+    alignment_audioset:bool = True    # a mobilenet starts from AudioSet's weights, else from scratch
     alignment_style:float = .5        # share of the crops with the style of another recording
     alignment_noise:float = .5        # share of the crops with noise
     alignment_events:float = .5       # weight of the loss of timed events; 0: none
     alignment_checkpoint:str = ""     # file of OPERA-CE's weights that the encoder starts from; empty: none
-    alignment_statistics:bool = True  # statistics of the bands beside what the encoder learns
     alignment_phantoms:int = 8        # synthetic patients whose labels the encoder learns first; 0: none
     alignment_phantom_epochs:int = 1  # passes over them
     alignment_objective:str = "cola+labels"  # then: cola, labels, cola+labels (one after the other), or random: no training at all
     alignment_crop_s:float = 2.5      # seconds a COLA crop
     alignment_batch:int = 16          # recordings an encoder step
     alignment_epochs:int = 1          # passes over the training recordings
-    alignment_lr:float = 2e-3         # peak learning rate of the encoder
-    alignment_projector:str = "mlp"   # mlp: the paper's; words: that, and what a probe hears; attention: over each window's frames
+    alignment_lr:float = 1e-3         # peak learning rate of the encoder
+    alignment_projector:str = "mlp"   # mlp: the paper's; words: that, and what the encoder hears; attention: over each window's frames
     alignment_prefix_tokens:int = 4   # audio tokens, of a recording (mlp, words) or of each window (attention)
     alignment_projector_steps:int = 4 # of the projector alone on reporting pairs; 0: fine-tuning starts with a projector as drawn
     alignment_projector_lr:float = 1e-3  # peak learning rate of those steps
@@ -116,8 +115,8 @@ PROFILES = {
     "smoke": Profile(),
     "mini": Profile(
         name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_network="efficientnet", alignment_width=0.5, alignment_depth=0.5, alignment_dim=0, alignment_phantoms=600, alignment_phantom_epochs=6,
-        alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=16, alignment_epochs=16, alignment_lr=7e-4,
+        alignment_network="residual+mobilenet", alignment_width=1., alignment_depth=1., alignment_dim=128, alignment_phantoms=0,
+        alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=32, alignment_epochs=32, alignment_lr=1e-3,
         alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
         sft_steps=160, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640,
         sft_augmentation=False, sft_train_encoder=False,
@@ -127,8 +126,8 @@ PROFILES = {
     "paper": Profile(
         name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512, window_s=7., max_windows=4,
         phantom_patients=400, instructions_per_task=1,
-        alignment_network="efficientnet", alignment_width=1., alignment_depth=1., alignment_dim=0, alignment_statistics=False, alignment_phantoms=0, alignment_objective="cola",
-        alignment_crop_s=4., alignment_batch=128, alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000,
+        alignment_network="efficientnet", alignment_width=1., alignment_depth=1., alignment_dim=0, alignment_phantoms=0,
+        alignment_objective="cola", alignment_crop_s=4., alignment_batch=128, alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000,
         language_model="google/medgemma-4b-it",
         sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_evaluations=90, sft_patience=5,
         sft_checkpointing=True, sft_max_tokens=1024,
@@ -197,7 +196,7 @@ STAGES = {s.name: s for s in [
           ("stethobench.parquet",),
           "StethoBench: instruction-response pairs over seven tasks and safety"),
     Stage("alignment", ("audit", "instructions"),
-          ("features", "encoder", "aligned", "probes.parquet", "alignment.parquet", "trained_on/alignment.json"),
+          ("features", "encoder", "aligned", "heard.parquet", "probes.parquet", "alignment.parquet", "trained_on/alignment.json"),
           "the encoder, then the projector alone"),
     Stage("sft", ("alignment",),
           ("sft", "text_only", "sft.parquet", "trained_on/sft.json"),

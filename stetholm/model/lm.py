@@ -36,15 +36,13 @@ class StethoLMConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     auto_map = {}
     text_config: dict | PreTrainedConfig | None = None
-    encoder_layout: str = "efficientnet"  # as of `Networks`
+    encoder_layout: str = "efficientnet"  # a network, or one for hearts and one for lungs, joined by +
     encoder_width: float = 1.0      # of the networks
     encoder_depth: float = 1.0      # likewise
-    encoder_mels: int = 0           # bands whose statistics are used beside the networks' features; 0: none
-    encoder_dim: int = 0            # of an embedding; 0: all features
+    encoder_dim: int = 0            # of the embedding of each network; 0: its features as they are
     encoder_labels: list | tuple = ()  # that the encoder hears
     projector: str = "mlp"          # a key of `PROJECTORS`
     prefix_tokens: int = 4          # audio tokens, per recording (mlp, words) or per window (attention)
-    labels: list | tuple = ()       # words: the probe's labels
     embedding_rms: float = 1.0      # of the text model's token embeddings; audio tokens start at that scale
     audio_token_id: int = 0         # the placeholder
     tie_word_embeddings: bool = True
@@ -65,11 +63,11 @@ class StethoLMModel(StethoLMPreTrainedModel):
     def __init__(self,
         config:StethoLMConfig):  # sizes
         super().__init__(config)
-        self.audio_encoder = AudioEncoder(config.encoder_layout, config.encoder_width, config.encoder_depth, config.encoder_mels,
-                                          config.encoder_dim, config.encoder_labels)
+        self.audio_encoder = AudioEncoder(config.encoder_layout, config.encoder_width, config.encoder_depth, config.encoder_dim,
+                                          config.encoder_labels)
         if config.projector not in PROJECTORS:
             raise StethoError(f"unknown projector {config.projector!r}: choose one of {', '.join(PROJECTORS)}")
-        labels = [len(config.labels)] if config.projector == "words" else []
+        labels = [config.encoder_labels] if config.projector == "words" else []
         self.projector = PROJECTORS[config.projector](self.audio_encoder.dim, config.text_config.hidden_size, config.prefix_tokens,
                                                       config.embedding_rms, *labels)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -79,13 +77,13 @@ class StethoLMModel(StethoLMPreTrainedModel):
     def set_input_embeddings(self, value): self.language_model.set_input_embeddings(value)
 
     def audio_tokens(self,
-        input_features:torch.Tensor,  # (questions, recordings, windows, n_mels, frames) dB, or their embeddings (…, frames*dim)
+        input_features:torch.Tensor,  # (questions, recordings, windows, n_mels, frames) dB, or what `encode_all` gives
         audio_mask:torch.Tensor,      # (questions, recordings, windows) bool: which windows are real
     ) -> torch.Tensor:                # (audio tokens, hidden)
         "Projected audio of all recordings, one after the other"
         x = input_features[audio_mask].float()
         with torch.autocast(x.device.type, enabled=False):
-            frames = self.audio_encoder.frames(x) if input_features.ndim == 5 else x.unflatten(-1, (-1, self.audio_encoder.dim))
+            frames = self.audio_encoder.frames(x) if input_features.ndim == 5 else x.unflatten(-1, (-1, self.audio_encoder.size))
             return self.projector(frames, audio_mask)
 
     def forward(self,

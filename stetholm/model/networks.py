@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUDIOSET_FILE', 'AUDIOSET_URL', 'AUDIOSET_HASH', 'NETWORKS', 'EfficientNet', 'Opera', 'Residual', 'MobileNet',
-           'load_audioset', 'Networks']
+           'load_audioset', 'new_network']
 
 # %% ../../nbs/model/01_networks.ipynb #imports
 from pathlib import Path
@@ -132,8 +132,8 @@ class _Inverted(nn.Module):
     def forward(self, x): return x + self.block(x) if self.has_skip else self.block(x)
 
 class MobileNet(nn.Module):
-    "EfficientAT's mn04 at steps of eight frames; four bands of features are kept apart"
-    stride, bands = 8, 128  # frames per step; of the spectrogram it was trained on
+    "EfficientAT's mn04 at steps of eight frames; two bands of features are kept apart"
+    stride, bands = 8, 64  # frames per step; mel bands
     def __init__(self, *_):  # it has one size
         super().__init__()
         layers, dim, stride, dilation = [_conv(1, 8, 3, nn.Hardswish, 2)], 8, 2, 1
@@ -149,8 +149,7 @@ class MobileNet(nn.Module):
         mel:torch.Tensor,  # (n, n_mels, frames) dB
     ) -> torch.Tensor:     # (n, ceil(frames/8), dim)
         "Features of every 8 frames"
-        x = F.interpolate(normalise_bands(mel)[:, None], (self.bands, mel.shape[-1]), mode="bilinear")
-        return self.features(x).flatten(1, 2).mT
+        return self.features(normalise_bands(mel)[:, None]).flatten(1, 2).mT
 
 # %% ../../nbs/model/01_networks.ipynb #audioset
 AUDIOSET_FILE = "mn04_as_mAP_432.pt"
@@ -171,23 +170,11 @@ def load_audioset(
 # %% ../../nbs/model/01_networks.ipynb #layouts
 NETWORKS = {"efficientnet": EfficientNet, "opera": Opera, "residual": Residual, "mobilenet": MobileNet}
 
-class Networks(nn.Module):
-    "The networks of a layout, their features side by side"
-    def __init__(self,
-        layout:str,     # a key of `NETWORKS`, or several joined by +
-        width:float,    # of its networks
-        depth:float):   # likewise
-        super().__init__()
-        names = layout.split("+")
-        if unknown := [n for n in names if n not in NETWORKS]:
-            raise StethoError(f"unknown network {unknown[0]!r}: choose one of {', '.join(NETWORKS)}, or several joined by +")
-        self.nets = nn.ModuleDict({n: NETWORKS[n](width, depth) for n in names})
-        strides = {net.stride for net in self.nets.values()}
-        if len(strides) > 1: raise StethoError(f"the networks of {layout!r} have steps of different lengths: they cannot be joined")
-        self.stride, self.dim = strides.pop(), sum(net.dim for net in self.nets.values())
-
-    def forward(self,
-        mel:torch.Tensor,  # (n, n_mels, frames) dB
-    ) -> torch.Tensor:     # (n, ceil(frames/stride), dim)
-        "Features of every step"
-        return torch.cat([net(mel) for net in self.nets.values()], -1)
+def new_network(
+    name:str,       # a key of `NETWORKS`
+    width:float,    # of all channels, where the network has several sizes
+    depth:float,    # likewise
+) -> nn.Module:     # (n, n_mels, frames) dB to (n, steps, dim), with `stride` and `dim`
+    "An untrained network. Raises `StethoError` on an unknown name."
+    if name not in NETWORKS: raise StethoError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name](width, depth)

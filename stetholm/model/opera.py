@@ -61,7 +61,7 @@ def load_opera(
             raise StethoError(f"OPERA-CE was trained with {k}={getattr(paper, k)}, not {getattr(profile, k)}: "
                               f"take profile paper's {', '.join(OPERA_FRONT_END)}")
     published = _published_tensors(path)
-    network = encoder.networks.nets["opera"]
+    network = encoder.branches["both"].network
     head = ColaHead(network.dim)
     ours = {f"encoder.{k}": t for k, t in network.state_dict().items()}
     ours |= {f"head.{k}": t for k, t in head.state_dict().items()}

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .labels import presence, recording_labels
+
 # %% ../../nbs/model/05_projectors.ipynb #f82786e4
 class Projector(nn.Module):
     "Base of all projectors: audio tokens at the scale of the text model's embeddings"
@@ -42,39 +44,41 @@ class MLPProjector(Projector):
         tokens:int,    # audio tokens per recording
         scale:float):  # root mean square of a token embedding
         super().__init__(tokens, scale)
+        self.dim = dim
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(),
                                  nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, tokens*hidden))
 
     def forward(self,
-        frames:torch.Tensor,  # (real windows, frames, dim)
+        frames:torch.Tensor,  # (real windows, steps, dim, and labels if the encoder hears any)
         mask:torch.Tensor,    # (questions, recordings, windows) bool: which windows are real
     ) -> torch.Tensor:        # (real recordings * tokens, hidden)
         "Audio tokens of each recording"
-        return self.scaled(self.mlp(_pooled(frames, mask)))
+        return self.scaled(self.mlp(_pooled(frames, mask)[:, :self.dim]))
 
 # %% ../../nbs/model/05_projectors.ipynb #words
-class WordsProjector(MLPProjector):
-    "One token per label of a linear probe, between the word embeddings of its absence and its presence; then the MLP's tokens"
+class WordsProjector(nn.Module):
+    "One token per label of a recording, between the word embeddings of its absence and its presence; then the MLP's tokens, if any"
+    per_window = False
     def __init__(self,
         dim:int,       # of the encoder's embedding
         hidden:int,    # of the text model
-        tokens:int,    # audio tokens of the MLP
-        scale:float,   # root mean square of a token embedding
-        labels:int):   # of the probe
-        super().__init__(dim, hidden, tokens, scale)
-        self.register_buffer("weight", torch.zeros(labels, dim))
-        self.register_buffer("bias", torch.zeros(labels))  # fixed: trained on a few hundred recordings, they would overfit
-        self.words = nn.Parameter(torch.zeros(2, labels, hidden))  # absent, present
+        tokens:int,    # audio tokens of the MLP; 0: no MLP
+        scale:float,   # root mean square of a token embedding of the MLP
+        labels=()):    # of the encoder
+        super().__init__()
+        self.dim, self.labels = dim, tuple(labels)
+        self.words = nn.Parameter(torch.zeros(2, len(recording_labels(labels)), hidden))  # absent, present
+        self.mlp = MLPProjector(dim, hidden, tokens, scale) if tokens else None
 
     def forward(self,
-        frames:torch.Tensor,  # (real windows, frames, dim)
+        frames:torch.Tensor,  # (real windows, steps, dim + labels)
         mask:torch.Tensor,    # (questions, recordings, windows) bool
     ) -> torch.Tensor:        # (real recordings * (labels + tokens), hidden)
         "Audio tokens of each recording"
-        x = _pooled(frames, mask)
-        presence = torch.sigmoid(F.linear(x, self.weight, self.bias))[..., None]
-        words = self.words[0] + presence*(self.words[1] - self.words[0])
-        return torch.cat([words, self.scaled(self.mlp(x)).unflatten(0, (len(x), -1))], 1).flatten(0, 1)
+        heard = presence(_pooled(frames, mask)[:, self.dim:], self.labels)[..., None]
+        words = self.words[0] + heard*(self.words[1] - self.words[0])
+        if self.mlp is None: return words.flatten(0, 1)
+        return torch.cat([words, self.mlp(frames, mask).unflatten(0, (len(words), -1))], 1).flatten(0, 1)
 
 # %% ../../nbs/model/05_projectors.ipynb #attention
 class AttentionProjector(Projector):
@@ -88,17 +92,18 @@ class AttentionProjector(Projector):
         width:int=256,      # of the attention
         max_frames:int=64): # per window
         super().__init__(tokens, scale)
+        self.dim = dim
         self.enter = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.place, self.queries = (nn.Parameter(torch.randn(n, width)*.02) for n in (max_frames, tokens))
         self.attend = nn.MultiheadAttention(width, 4, batch_first=True)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self,
-        frames:torch.Tensor,  # (real windows, frames, dim)
+        frames:torch.Tensor,  # (real windows, steps, dim, and labels if the encoder hears any)
         mask:torch.Tensor,    # (questions, recordings, windows) bool
     ) -> torch.Tensor:        # (real windows * tokens, hidden)
         "Audio tokens of each window"
-        x = self.enter(frames) + self.place[:frames.shape[1]]
+        x = self.enter(frames[..., :self.dim]) + self.place[:frames.shape[1]]
         attended, _ = self.attend(self.queries.expand(len(x), -1, -1), x, x, need_weights=False)
         return self.scaled(self.mlp(attended + x.mean(1, keepdim=True)).flatten(1))
 

@@ -36,11 +36,16 @@ from ..train.finetuning import fine_tune
 # %% ../../nbs/study/b_ablations.ipynb #52c04b48
 VARIANTS = {
     "as it is": {},
-    "encoder: untrained": dict(alignment_objective="random"),
-    "encoder: COLA alone": dict(alignment_objective="cola", alignment_phantoms=0),
-    "encoder: labels alone": dict(alignment_objective="labels", alignment_phantoms=0),
-    "encoder: COLA, then labels": dict(alignment_objective="cola+labels", alignment_phantoms=0),
-    "encoder: no band statistics": dict(alignment_statistics=False),
+    "encoder: untrained": dict(alignment_objective="random", alignment_projector="mlp"),
+    "encoder: COLA alone": dict(alignment_objective="cola", alignment_projector="mlp"),
+    "encoder: labels of phantoms first": dict(alignment_phantoms=600, alignment_phantom_epochs=6),
+    "encoder: COLA, then labels": dict(alignment_objective="cola+labels"),
+    "encoder: one residual network": dict(alignment_network="residual"),
+    "encoder: one MobileNet": dict(alignment_network="mobilenet"),
+    "encoder: MobileNet from scratch": dict(alignment_audioset=False),
+    "encoder: no styles mixed": dict(alignment_style=0.),
+    "encoder: no noise": dict(alignment_noise=0.),
+    "encoder: no events": dict(alignment_events=0.),
     "projector: MLP": dict(alignment_projector="mlp"),
     "projector: attention": dict(alignment_projector="attention"),
     "audio tokens: 1": dict(alignment_prefix_tokens=1),
@@ -97,7 +102,7 @@ def adopt_encoder(
     for other in others:
         path = other/"encoder/key.json"
         if other.folder == run.folder or not path.is_file() or read_json(path) != key: continue
-        for made in ("probes.parquet", "encoder"): _link(other/made, run/made)
+        for made in ("heard.parquet", "probes.parquet", "encoder"): _link(other/made, run/made)
         return True
     return False
 

@@ -6,6 +6,7 @@
 __all__ = ['VALIDATION_BATCHES', 'encoder_key', 'alignment']
 
 # %% ../../nbs/study/3_alignment.ipynb #imports
+import copy
 import hashlib
 import json
 import tempfile
@@ -22,10 +23,10 @@ from ..core.run import Run, checkpoints, stage, versions
 from ..data.checks import note_training
 from ..data.recordings import load_recordings
 from ..model.backbones import assemble, check_backbone, load_backbone
-from ..model.encoder import embed, new_encoder
+from ..model.encoder import hear_recordings, new_encoder
 from ..model.labels import labels_to_hear
+from ..model.networks import AUDIOSET_FILE
 from ..model.opera import load_opera
-from ..model.probes import label_probe
 from ..score.probing import probe_verdicts
 from ..sound.features import make_features
 from ..train.finetuning import train_sft, training_rows
@@ -54,23 +55,27 @@ def alignment(
     check_backbone(p.language_model)  # the encoder takes long
     features, key = make_features(table, p, run/"features"), encoder_key(run)
 
-    encoder = new_encoder(p, labels_to_hear(table[table.split == "train"])).to(device())
+    train = table[table.split == "train"]
+    labels = labels_to_hear(train) if "labels" in p.alignment_objective else ()
+    audioset = next((r.parent/"weights"/AUDIOSET_FILE for r in run.recordings), None)
+    encoder = new_encoder(p, labels, tuple(train.domain.unique()), audioset).to(device())
+    untrained = copy.deepcopy(encoder)
     log = load_encoder(run/"encoder", key, encoder)
     if known := log is not None: print("encoder: as it was trained before", flush=True)
     else:
         cola = load_opera(p.alignment_checkpoint, encoder, p) if p.alignment_checkpoint else None
         with tempfile.TemporaryDirectory(dir=run.folder) as d:
             log = pretrain(encoder, features, table, p, phantoms_to_learn_from(p, Path(d)), cola)
-    x = embed(encoder, features, table.recording_id)
     if not known:
-        with write_whole(run/"probes.parquet") as tmp: probe_verdicts(x, features, table, p).to_parquet(tmp, index=False)
+        heard = hear_recordings(encoder, features, table.recording_id) if encoder.labels else table[["recording_id"]]
+        with write_whole(run/"heard.parquet") as tmp: heard.to_parquet(tmp, index=False)
+        with write_whole(run/"probes.parquet") as tmp: probe_verdicts(encoder, untrained, features, table).to_parquet(tmp, index=False)
         save_encoder(run/"encoder", key, encoder, log)
 
     set_seed(p.seed)  # the projector does not depend on whether the encoder was trained now or before
-    train, reports = pairs[pairs.split == "train"], pairs[pairs.task == "reporting"]
-    text, tokenizer = load_backbone(p.language_model, dtype(p), [*train.instruction, *train.response])
-    probe = label_probe(x, table) if p.alignment_projector == "words" else None
-    lm = assemble(text, tokenizer, encoder, p, probe).to(device())
+    asked, reports = pairs[pairs.split == "train"], pairs[pairs.task == "reporting"]
+    text, tokenizer = load_backbone(p.language_model, dtype(p), [*asked.instruction, *asked.response])
+    lm = assemble(text, tokenizer, encoder, p).to(device())
     lm.model.requires_grad_(False)
     lm.model.model.projector.requires_grad_(True)
     rows, validation = (training_rows(reports[reports.split == s], lm.processor, features, p.sft_max_tokens) for s in ("train", "val"))
@@ -81,7 +86,7 @@ def alignment(
                              p.alignment_projector_lr, p.sft_batch, augmented=p.sft_augmentation)
     with write_whole(run/"aligned") as tmp: lm.save_pretrained(tmp)
 
-    note_training(run.folder, "alignment", [*table.recording_id[table.split == "train"], *(i for r in rows["recording_ids"] for i in r)])
+    note_training(run.folder, "alignment", [*train.recording_id, *(i for r in rows["recording_ids"] for i in r)])
     log = pd.concat([log, steps.assign(phase="projector")], ignore_index=True)
     with write_whole(run/"alignment.parquet") as tmp: log.to_parquet(tmp, index=False)
     return log

@@ -13,9 +13,9 @@ from ..bench.pairs import load_pairs
 from ..core.config import StethoError
 from ..core.run import Run, is_current, reproduce_command
 from ..data.recordings import load_recordings
-from ..model.encoder import embed, encode_all
+from ..model.encoder import AudioEncoder, embed_frames, encode_all
+from ..model.labels import label_matrix
 from ..model.lm import load_model
-from ..model.probes import label_targets
 from ..model.projectors import WordsProjector
 from ..score.answering import label_prior, predict
 from ..score.scores import align_with_questions, answer_draws, differences_of, scores_of
@@ -24,22 +24,20 @@ from .evaluation import questions_of
 
 # %% ../../nbs/study/d_ceiling.ipynb #c06e11a6
 def with_true_labels(
-    projector:WordsProjector,  # of a trained model
-    encoded:dict,              # of `encode_all`
-    table:pd.DataFrame,        # recordings
-    low:torch.Tensor,          # (labels,) logits of what is clearly absent
-    high:torch.Tensor,         # (labels,) logits of what is clearly present
-) -> dict:                     # as `encoded`
-    "The recordings as if the probe gave their labels: the smallest change of the embeddings that does it (its pseudo-inverse)"
-    weight, bias = projector.weight.cpu(), projector.bias.cpu()
-    inverse = torch.linalg.pinv(weight)
-    labels = dict(zip(table.recording_id, torch.from_numpy(label_targets(table)[1]).float()))
-    out = {}
+    encoder:AudioEncoder,  # of a trained model
+    encoded:dict,          # of `encode_all`
+    table:pd.DataFrame,    # recordings
+    low:torch.Tensor,      # (labels,) logits of what is clearly absent
+    high:torch.Tensor,     # (labels,) logits of what is clearly present
+) -> dict:                 # as `encoded`
+    "The recordings as if the encoder heard their labels; an unknown label stays as it is"
+    labels, out = dict(zip(table.recording_id, torch.from_numpy(label_matrix(table, encoder.labels)))), {}
     for i, x in encoded.items():
-        frames = x.unflatten(1, (-1, weight.shape[1]))
-        logits = weight @ frames.mean((0, 1)) + bias
-        wanted = torch.where(labels[i].isnan(), logits, torch.where(labels[i] == 1, high, low))  # an unknown label stays as it is
-        out[i] = (frames + inverse @ (wanted - logits)).flatten(1)
+        frames = x.unflatten(1, (-1, encoder.size)).clone()
+        heard = frames[..., encoder.dim:]
+        wanted = torch.where(labels[i] == 1, high, low)
+        heard[..., ~labels[i].isnan()] = wanted[~labels[i].isnan()]
+        out[i] = frames.flatten(1)
     return out
 
 # %% ../../nbs/study/d_ceiling.ipynb #c07e11a6
@@ -57,11 +55,11 @@ def ceiling(
     if not isinstance(projector, WordsProjector):
         raise StethoError(f"projector {p.alignment_projector!r} passes on no labels: use --set alignment_projector=words")
     asked = questions_of(run).query("distribution == 'in_domain'").reset_index(drop=True)
-    embeddings = torch.from_numpy(embed(encoder, features, table.recording_id[table.split == "train"]))
-    low, high = (embeddings @ projector.weight.cpu().T + projector.bias.cpu()).quantile(torch.tensor(CLEAR), 0)
+    heard = embed_frames(encoder, features, table.recording_id[table.split == "train"])
+    low, high = torch.stack([x.mean((0, 1)) for x in heard.values()])[:, encoder.dim:].quantile(torch.tensor(CLEAR), 0)
     encoded = encode_all(encoder, features, asked.recording_ids.explode().unique())
     rows = predict(lm, "sft", asked, encoded, p)
-    rows += predict(lm, TRUE_LABELS, asked, with_true_labels(projector, encoded, table, low, high), p)
+    rows += predict(lm, TRUE_LABELS, asked, with_true_labels(encoder, encoded, table, low, high), p)
     rows += label_prior(load_pairs(run.folder, "train"), asked, table.domain.to_dict())
     answers = align_with_questions(pd.DataFrame(rows), asked)[0]
     draws = answer_draws(answers, p.evaluation_bootstrap, p.seed)

@@ -31,8 +31,7 @@ from ..data.recordings import load_recordings
 from ..model.backbones import assemble, load_backbone
 from ..model.encoder import new_encoder
 from ..model.lm import StethoLM, answer
-from ..model.labels import common_families
-from ..model.probes import LabelProbe
+from ..model.labels import labels_to_hear
 from ..score.candidates import temperatures
 from ..sound.audio import load_audio, windows
 from ..sound.features import make_features
@@ -51,11 +50,10 @@ def benchmark_model(
     "The model that stage `sft` would train, with an untrained encoder: speed does not depend on its weights"
     p = run.profile
     set_seed(p.seed)
-    pairs, encoder = load_pairs(run.folder, "train"), new_encoder(p)
-    labels, probe = ("abnormal", *common_families(load_recordings(run.folder).query("split == 'train'"))), None
-    if p.alignment_projector == "words": probe = LabelProbe(labels, torch.zeros(len(labels), encoder.dim), torch.zeros(len(labels)))
+    pairs, labels = load_pairs(run.folder, "train"), labels_to_hear(load_recordings(run.folder).query("split == 'train'"))
+    encoder = new_encoder(replace(p, alignment_audioset=False), labels)
     text, tokenizer = load_backbone(p.language_model, precision, [*pairs.instruction, *pairs.response])
-    lm = assemble(text, tokenizer, encoder, p, probe)
+    lm = assemble(text, tokenizer, encoder, p)
     lm.model.requires_grad_(False)
     return lm, pairs.sample(min(len(pairs), PAIRS), random_state=p.seed).reset_index(drop=True)
 

@@ -31,8 +31,7 @@ def paper_model(
     "The audio language model at full size"
     p = profile
     config = StethoLMConfig(text_config=text, encoder_layout=p.alignment_network, encoder_width=p.alignment_width,
-                            encoder_depth=p.alignment_depth, encoder_mels=p.n_mels*p.alignment_statistics,
-                            encoder_dim=p.alignment_dim, projector=p.alignment_projector,
+                            encoder_depth=p.alignment_depth, encoder_dim=p.alignment_dim, projector=p.alignment_projector,
                             prefix_tokens=p.alignment_prefix_tokens)
     with torch.device(device): model = StethoLMForConditionalGeneration(config)
     for part in (model.model.language_model, model.lm_head): part.to(torch.bfloat16)
