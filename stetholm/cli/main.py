@@ -99,7 +99,7 @@ MoreRecordings = Annotated[Optional[List[str]], typer.Argument(metavar="MORE", h
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Option(help="smoke, mini or paper")] = "mini",
+    profile: Annotated[str, typer.Option(help="smoke, mini, full or paper")] = "mini",
     recordings: RealRecordings = None,
     more: MoreRecordings = None,
     run: Annotated[Optional[str], typer.Option(help="run folder's name; default <profile>-<data>")] = None,
@@ -236,7 +236,7 @@ def stages():
         print(f"{'':15} nbs/study/{s.stem}.ipynb; needs {', '.join(s.needs) or 'recordings'}; makes {', '.join(s.makes)}")
 
 # %% ../../nbs/cli/02_main.ipynb #experiments
-ProfileName = Annotated[str, typer.Option(help="smoke, mini or paper")]
+ProfileName = Annotated[str, typer.Option(help="smoke, mini, full or paper")]
 InEveryVariant = Annotated[Optional[List[str]], typer.Option("--set", help="key=value, changed in every variant; may be repeated")]
 OnlyVariants = Annotated[Optional[List[str]], typer.Option(help="a variant; may be repeated; default all")]
 TableFile = Annotated[str, typer.Option("-o", help="csv to write")]

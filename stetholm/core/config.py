@@ -23,7 +23,7 @@ class StethoError(ValueError):
 @dataclass(frozen=True)
 class Profile:
     "Everything a result depends on, besides the recordings"
-    name:str = "smoke"                # smoke, mini or paper
+    name:str = "smoke"                # smoke, mini, full or paper
     seed:int = 0                      # seeds Python, NumPy and torch at the start of every stage
     dtype:str = "float32"             # language-model arithmetic: float32, bfloat16, or auto (bfloat16 where the processor has it)
     # the front end, shared by every stage
@@ -111,24 +111,27 @@ class Profile:
     evaluation_bootstrap:int = 200    # patient-bootstrap resamples
 
 # %% ../../nbs/core/00_config.ipynb #00-009
+_MINI = Profile(
+    name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
+    alignment_network="residual+mobilenet", alignment_width=1., alignment_depth=1., alignment_dim=128, alignment_phantoms=0,
+    alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=32, alignment_epochs=32, alignment_lr=1e-3,
+    alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
+    sft_steps=160, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640,
+    sft_augmentation=False, sft_train_encoder=False,
+    preferences_questions=96, preferences_validation=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
+    dpo_steps=12, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=2,
+    evaluation_questions=768, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000)
+
 PROFILES = {
     "smoke": Profile(),
-    "mini": Profile(
-        name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
-        alignment_network="residual+mobilenet", alignment_width=1., alignment_depth=1., alignment_dim=128, alignment_phantoms=0,
-        alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=32, alignment_epochs=32, alignment_lr=1e-3,
-        alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
-        sft_steps=160, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640,
-        sft_augmentation=False, sft_train_encoder=False,
-        preferences_questions=96, preferences_validation=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
-        dpo_steps=12, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=2,
-        evaluation_questions=768, evaluation_batch=96, evaluation_max_tokens=80, evaluation_bootstrap=2000),
+    "mini": _MINI,
+    "full": dataclasses.replace(_MINI, name="full", alignment_epochs=14, sft_steps=640, sft_evaluations=4),
     "paper": Profile(
         name="paper", dtype="bfloat16", sample_rate=16000, fmin=50., fmax=8000., n_fft=1024, hop=512, window_s=7., max_windows=4,
         phantom_patients=400, instructions_per_task=1,
         alignment_network="efficientnet", alignment_width=1., alignment_depth=1., alignment_dim=0, alignment_phantoms=0,
-        alignment_objective="cola", alignment_crop_s=4., alignment_batch=128, alignment_epochs=150, alignment_lr=1e-4, alignment_projector_steps=2000,
-        language_model="google/medgemma-4b-it",
+        alignment_objective="cola", alignment_crop_s=4., alignment_batch=128, alignment_epochs=150, alignment_lr=1e-4,
+        alignment_projector_steps=2000, language_model="google/medgemma-4b-it",
         sft_steps=90_000, sft_batch=16, sft_lr=5e-5, sft_lora_rank=8, sft_lora_dropout=0.05, sft_evaluations=90, sft_patience=5,
         sft_checkpointing=True, sft_max_tokens=1024,
         preferences_questions=2400, preferences_validation=240, preferences_samples=5, preferences_max_tokens=240, preferences_margin=0.05,
@@ -141,7 +144,7 @@ PROFILES = {
 RENAMED = {"preferences_watched": "preferences_validation"}  # fields of earlier versions, and what they are called now
 
 def get_profile(
-    name:str,                # smoke, mini or paper
+    name:str,                # smoke, mini, full or paper
     overrides:dict=None,     # fields to change; a value may be a string, as typed on the command line
 ) -> Profile:
     "A named profile with some fields changed. Raises `StethoError` on an unknown name, an unknown field or a value of the wrong type."

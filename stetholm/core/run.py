@@ -68,7 +68,7 @@ class Run:
 
 # %% ../../nbs/core/04_run.ipynb #00-008
 def open_run(
-    profile:str="smoke",   # smoke, mini or paper
+    profile:str="smoke",   # smoke, mini, full or paper
     run:str=None,          # run folder's name; None: <profile>-<data>
     recordings=None,       # folder or table of real recordings, or a list of them; None: the phantom corpus
     overrides:dict=None,   # profile fields to change

@@ -103,10 +103,11 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.layout, self.labels = layout, tuple(labels)
         names = layout.split("+")
-        if len(names) > len(ORGANS): raise StethoError(f"{layout!r} names {len(names)} networks: give one, or one for hearts and one for lungs")
+        if len(names) > len(ORGANS):
+            raise StethoError(f"{layout!r} names {len(names)} networks: give one, or one for hearts and one for lungs")
         organs = ORGANS if len(names) > 1 else ("both",)
-        self.branches = nn.ModuleDict({organ: Branch(name, width, depth, dim, [k for k in labels if organ_of(k) in (organ, None) or organ == "both"])
-                                       for organ, name in zip(organs, names)})
+        def heard_by(organ): return [k for k in labels if organ == "both" or organ_of(k) in (organ, None)]
+        self.branches = nn.ModuleDict({organ: Branch(name, width, depth, dim, heard_by(organ)) for organ, name in zip(organs, names)})
         if len({branch.network.stride for branch in self.branches.values()}) > 1:
             raise StethoError(f"the networks of {layout!r} have steps of different lengths")
         self.dim = sum(branch.dim for branch in self.branches.values())

@@ -60,7 +60,7 @@ VARIANTS = {
 def variant_run(
     name:str,             # of the variant
     change:dict,          # profile fields that are changed in it
-    profile:str,          # smoke, mini or paper
+    profile:str,          # smoke, mini, full or paper
     run:str=None,         # what the runs' names begin with
     recordings:str=None,  # folder or table of real recordings
     overrides:dict=None,  # profile fields that are changed in every variant
@@ -142,7 +142,7 @@ def measure_variant(
 
 # %% ../../nbs/study/b_ablations.ipynb #d11774ce
 def ablate(
-    profile:str="smoke",   # smoke, mini or paper
+    profile:str="smoke",   # smoke, mini, full or paper
     run:str=None,          # what the runs' names begin with; None: <profile>-<data>
     recordings:str=None,   # folder or table of real recordings; None: the phantom corpus
     overrides:dict=None,   # profile fields that are changed in every variant

@@ -131,7 +131,7 @@ def compare(
 
 # %% ../../nbs/study/c_objectives.ipynb #04a1a6c3
 def study(
-    profile:str="smoke",   # smoke, mini or paper
+    profile:str="smoke",   # smoke, mini, full or paper
     run:str=None,          # run whose SFT model and pairs are used; None: <profile>-<data>
     recordings:str=None,   # folder or table of real recordings; None: the phantom corpus
     overrides:dict=None,   # profile fields that are changed in every variant

@@ -16,7 +16,6 @@ from stetholm.core.files import file_hash
 from stetholm.model.encoder import new_encoder
 from stetholm.model.lm import answer
 from stetholm.model.lm import StethoLM
-from stetholm.model.probes import LabelProbe
 
 QUESTIONS = ["Normal or abnormal?", "What do you hear?", "Write a brief report of this heart sound.", "Give a differential diagnosis.", "Is there a wheeze, a crackle, or neither of the two?",
              "64 years old, male, mitral valve area. Summarise the auscultation findings.", "Describe the acoustic evidence and your conclusion.", "Why?"]
@@ -24,12 +23,12 @@ QUESTIONS = ["Normal or abnormal?", "What do you hear?", "Write a brief report o
 
 @pytest.fixture(scope="module")
 def lm():
-    "SmolLM2 in float32 with an untrained encoder and a probe of it drawn at random; its batch norm takes the statistics of the recordings asked about, without which it maps them all to one point"
-    p = dataclasses.replace(PROFILES["mini"], dtype="float32")
+    "SmolLM2 in float32 with an untrained encoder; its batch norm takes the statistics of the recordings asked about, without which it maps them all to one point"
+    p = dataclasses.replace(PROFILES["mini"], dtype="float32", alignment_audioset=False)
     torch.manual_seed(0)
-    encoder = new_encoder(p)
-    built = assemble(*load_backbone(SMOLLM2, torch.float32), encoder, p, LabelProbe(("abnormal", "crackle", "murmur"), torch.randn(3, encoder.dim), torch.zeros(3)))
+    built = assemble(*load_backbone(SMOLLM2, torch.float32), new_encoder(p, ("abnormal", "crackle", "murmur", "lung")), p)
     encoder = built.model.model.audio_encoder.train()
+    for branch in encoder.branches.values(): torch.nn.init.normal_(branch.heads.logits.weight)
     for m in encoder.modules():
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.momentum = 1.
     with torch.no_grad(): encoder(torch.cat([built.processor.feature_extractor(w) for w in waves()]))
