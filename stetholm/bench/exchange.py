@@ -26,8 +26,9 @@ from ..sound.audio import load_audio
 # %% ../../nbs/bench/09_exchange.ipynb #06a-005
 COLUMNS = ("filename", "split", "dataset", "instruction", "response", "task", "distribution")
 THEIR_TASKS = {v: k for k, v in ALIASES.items()}  # a task as the authors' code spells it
-_CONTEXT = re.compile(  # what a user says of the patient before the question
-    r"^(?:\[[^\]]*\]|(?:recorded (?:at|with)|digital stethoscope|this is an?|the patient is)\b[^.:]*\.)\s+")
+_CONTEXT = re.compile(  # what a user says of the patient and the organ before the question
+    r"^(?:\[[^\]]*\]|(?:recorded (?:at|with)|(?:digital )?stethoscope(?: over)?|this is an?|the patient is|listening to|i listened to"
+    r"|(?:heart|lung)(?: and lung)? (?:sounds?|recording|auscultation)|\d+-(?:year|month)-old)\b[^.:?]*\.)\s+")
 RULES = [(task, re.compile("|".join(patterns))) for task, *patterns in [  # the first that matches
     ("location", r"\bloud(?:er|est)\b", r"\bmaximum at\b", r"\bradiat", r"\borigin\b"),
     ("comparison", r"\bcompar", r"\bcontrast\b", r"\bdiffer(?:s|ence|ences)?\b(?! diagnos)",

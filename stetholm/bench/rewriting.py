@@ -12,6 +12,7 @@ from collections import Counter
 
 import pandas as pd
 
+from .grammar import names_organ
 from ..core.chat import Chat
 from ..core.config import StethoError
 
@@ -25,7 +26,7 @@ site, timing, severity, number, advice or reassurance.
 2. Drop nothing: every finding, every "no ...", every verdict of normal or abnormal stays.
 3. Keep the certainty as it is. What is possible stays possible; what is not known (null in the facts) is neither affirmed nor denied.
 4. Of two recordings, the first stays the first and the second the second.
-5. The question asks the same thing, keeps what it tells of the patient and the site, and gives away nothing of the answer.
+5. The question asks the same thing, keeps what it tells of the patient, the organ and the site, and gives away nothing of the answer.
 6. Never mention a dataset, a file, labels, facts or these rules. Speak of the recording.
 7. In the task classification, the answer begins with the same word as the given one, or with the verdict.
 8. Use the plain words of a clinician, and vary how sentences are built.
@@ -97,6 +98,7 @@ def _faults(new, pair, check, check_question):
     question, answer = new
     faults = [str(f) for f in check(answer, pair.evidence, pair.task)]
     if check_question: faults += [f"question: {f}" for f in check_question(question, pair.evidence)]
+    if names_organ(question) != names_organ(pair.instruction): faults.append("question: not the same organ")
     if pair.task == "classification" and _first_word(answer) != _first_word(pair.response): faults.append("verdict is not the first word")
     return faults
 

@@ -314,12 +314,15 @@ def ask(
         metavar='CLIP... "QUESTION"', help="one or two audio files of any rate and length, then the question")],
     model: Annotated[Optional[str], typer.Option(
         help="model folder; default the newest of the largest profile in runs/; a random one of smoke only where named")] = None,
+    organ: Annotated[Optional[str], typer.Option(help="heart or lung: what the stethoscope was over, where the question leaves it open")] = None,
 ):
     "Ask a trained model about one or two recordings"
     *clips, question = words
     if not clips: raise StethoError('ask wants one or two audio files and then a question: stetholm ask clip.wav "Is there a wheeze?"')
     if len(clips) > 2: raise StethoError(f"the model was trained on one or two recordings, not {len(clips)}")
     if os.path.isfile(question): raise StethoError(f"the question is missing: the last word {question!r} is a file")
+    if not question.strip(): raise StethoError("the question is empty")
+    if organ is not None: _check_organ(organ, question)
     folder = Path(model) if model else newest_model()
     from stetholm.sound.reading import AudioFile, AudioNote
     for c in clips:
@@ -327,11 +330,20 @@ def ask(
             for note in f.notes: print(f"note: {c}: {note}", file=sys.stderr)
     warnings.simplefilter("ignore", AudioNote)  # they are told
     disable_progress_bars()
+    from stetholm.bench.grammar import with_organ
     from stetholm.model.lm import StethoLM
+    if organ is not None: question = with_organ(question, organ)
     answer = StethoLM.from_pretrained(folder).ask(clips, question)
     print(answer["text"] or "(the model gave no answer)")
     for c, p in zip(clips, answer["p_abnormal"]): print(f"P(abnormal) {p:.2f}  {c}")
     print(f"model {_origin(folder)}; {answer['task'] or 'unknown'} question; not for clinical use")
+
+def _check_organ(organ, question):
+    "Raises `StethoError` on an unknown organ, and on a question that names the other one"
+    if organ not in ("heart", "lung"): raise StethoError(f"--organ is heart or lung, not {organ!r}")
+    from stetholm.bench.grammar import names_organ
+    if names_organ(question) not in (None, organ):
+        raise StethoError(f"the question names the {names_organ(question)}, and --organ the {organ}: ask without --organ, or about the {organ}")
 
 def newest_model() -> Path:
     "The last trained model of the largest profile in runs/. Raises `StethoError` if there is none beside the random ones of smoke."

@@ -14,7 +14,7 @@ from stetholm.core.run import Run
 from stetholm.bench import grammar
 from stetholm.bench.facts import Facts
 from stetholm.bench.grammar import TASKS
-from stetholm.bench.grammar import QUESTIONS, ask, hide_unstated, respond
+from stetholm.bench.grammar import QUESTIONS, ask, hide_unstated, names_organ, respond, with_organ
 from stetholm.bench.pairs import PAIRS, all_facts, kinds_of, make_pairs, without_pairs
 from stetholm.bench.pairs import synthesize
 from stetholm.phantom.patients import make_phantom
@@ -75,6 +75,42 @@ def test_an_answer_leans_on_age_and_site_only_where_the_question_tells_them():
     assert hidden("First the trachea, then the left lateral chest.", a, b) == [(None, "trachea", "apex"), (None, "left lateral", "apex")]
     assert hidden("The second is from the left lateral chest.", a, b) == [(None, None, None), (None, "left lateral", None)]
     assert "Site: not given." in respond("report", hide_unstated("Report?", [a]), np.random.default_rng(0))[0]
+
+
+def organs_named(pairs, table):
+    "Of each pair, but for questions about the other organ: whether its question names its recordings' organ. None names the other one."
+    pairs = pairs[~pairs.pair_id.str.contains(":mismatch:")]
+    organ, named = pairs.recording_ids.str[0].map(table.set_index("recording_id").domain), pairs.instruction.map(names_organ)
+    assert (named.isna() | (named == organ)).all()
+    return pairs.assign(named=named.notna())
+
+
+def test_four_questions_in_five_name_the_organ(table):
+    "About one recording and about two, in every task that does not need a site"
+    pairs = organs_named(synthesize(table, 3, 0), table)
+    share = pairs.named.groupby(pairs.recording_ids.map(len)).mean()
+    assert share.between(.75, .85).all() and pairs[pairs.task != "location"].groupby("task").named.mean().between(.7, .9).all(), share
+
+
+@pytest.mark.parametrize("f", [Facts("r", "heart", mixed=True), Facts("r", "lung", findings=("wheeze", "third heart sound"), site="apex")])
+def test_of_a_mixture_both_organs_are_named_or_none(f):
+    asked = {ask("classification", "verdict", [f], np.random.default_rng(n))[0] for n in range(200)}
+    about = {(bool(re.search("heart", q, re.I)), bool(re.search("lung", q, re.I))) for q in asked if "apex" not in q}
+    assert about == {(True, True), (False, False)} and {names_organ(q) for q in asked} == {None}
+
+
+def test_a_question_about_the_other_organ_names_its_own_or_none():
+    f = Facts("r", "lung", "normal", (), "left posterior", "61", "Male", "x")
+    asked = [ask("safety", "mismatch", [f], np.random.default_rng(n), about="Is there a murmur?")[0] for n in range(300)]
+    assert {names_organ(q) for q in asked} == {"lung", None} and .7 < np.mean([names_organ(q) == "lung" for q in asked]) < .9
+    assert all(q.endswith("Is there a murmur?") for q in asked)
+
+
+def test_the_organ_is_put_into_a_question_once():
+    for question in ("Is it normal?", "Could it be heart failure?", "A child short of breath. Is there a murmur?", "Left anterior chest. Findings?"):
+        for organ in ("heart", "lung"):
+            told = with_organ(question, organ)
+            assert names_organ(question) is None and names_organ(told) == organ and told.endswith(question) and with_organ(told, organ) == told
 
 
 def test_what_labels_allow():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stetholm.bench.facts import Facts
+from stetholm.bench.grammar import names_organ
 from stetholm.bench.pairs import make_pairs
 from stetholm.bench.reader import is_right
 from stetholm.data.sources import scan
@@ -112,4 +113,7 @@ def packs(recordings):
 def test_both_packs_in_one_table(packs):
     pairs, left_out = make_pairs(packs, 1, 0)
     assert left_out.to_dict("records") == [] and len(packs) == 7206 and len(pairs) > 50_000 and pairs.pair_id.is_unique
+    one = pairs[(pairs.recording_ids.map(len) == 1) & ~pairs.pair_id.str.contains(":mismatch:")]
+    named, organ = one.instruction.map(names_organ), one.recording_ids.str[0].map(packs.set_index("recording_id").domain)
+    assert (named.isna() | (named == organ)).all() and .75 < named.notna().mean() < .85
     assert not pairs.instruction.str.contains(r"\bNone\b").any() and not pairs.response.str.contains(r"  |^ |\bNone (?!are)").any()

@@ -108,6 +108,8 @@ WRONG = {
     "no trained model": ("ask clip.wav what?", "no trained model"),
     "no clip": ("ask what?", "one or two audio files"),
     "three clips": ("ask a.wav b.wav c.wav what?", "not 3"),
+    "organ": ("ask a.wav what? --organ liver", "--organ is heart or lung, not 'liver'"),
+    "other organ": ("ask a.wav heart? --organ lung", "the question names the heart, and --organ the lung"),
 }
 
 @pytest.mark.parametrize("line, match", WRONG.values(), ids=list(WRONG))
