@@ -50,6 +50,7 @@ class Profile:
     alignment_audioset:bool = True    # a mobilenet starts from AudioSet's weights, else from scratch
     alignment_style:float = .5        # share of the crops with the style of another recording
     alignment_noise:float = .5        # share of the crops with noise
+    alignment_band:float = .4         # share without low frequencies, and as large a share without high ones
     alignment_events:float = .5       # weight of the loss of timed events; 0: none
     alignment_checkpoint:str = ""     # file of OPERA-CE's weights that the encoder starts from; empty: none
     alignment_phantoms:int = 8        # synthetic patients whose labels the encoder learns first; 0: none
