@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from stetholm.core.compute import ENVIRONMENT
+from stetholm.core.config import AUDIOSET
 
 REPO = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("stetholm")
@@ -86,15 +87,26 @@ def smoke_run(stetholm_in):
     return Finished(shell.runs, shell.runs/"smoke-phantom", subprocess.CompletedProcess([], 0, out, err), seconds)
 
 
+def absent(what):
+    "A test without its files is skipped; the check from nothing fails"
+    if os.environ.get("CI"): pytest.fail(what)
+    pytest.skip(what)
+
+
 @pytest.fixture(scope="session")
 def recordings():
     "The stetho-mini pack"
     folder = RECORDINGS
-    if not (folder/"metadata.csv").is_file():
-        missing = f"no recordings at {folder}: set STETHOLM_RECORDINGS to the folder of the stetho-mini pack"
-        if os.environ.get("CI"): pytest.fail(missing)
-        pytest.skip(missing)
+    if not (folder/"metadata.csv").is_file(): absent(f"no recordings at {folder}: set STETHOLM_RECORDINGS to the folder of the stetho-mini pack")
     return folder
+
+
+@pytest.fixture(scope="session")
+def audioset_weights():
+    "AudioSet's weights, in the folder beside the pack"
+    file = RECORDINGS.parent/"weights"/AUDIOSET.file
+    if not file.is_file(): absent(f"no weights at {file}: stetholm data weights, and copy the file there")
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ from .answer_commands import answers, disable_progress_bars, overrides_of
 from .data_commands import data, make_pack
 from ..core.code import package_folder
 from ..core.compute import ENVIRONMENT, home_variables, kernel_manager
-from ..core.config import PROFILES, STAGES, StethoError, get_profile, stages_between
-from ..core.files import cache_folder, read_json, writable, write_whole
+from ..core.config import AUDIOSET, PROFILES, STAGES, StethoError, get_profile, stages_between
+from ..core.files import audioset_file, cache_folder, find_audioset, read_json, writable, write_whole
 from ..core.run import is_current, open_existing, open_run, reproduce_command, run_note, runs_folder
 
 # %% ../../nbs/cli/02_main.ipynb #15-005
@@ -70,6 +70,7 @@ def recordings_of(
     values:list,                 # of `--recordings`
     accept_licences:bool=False,  # of the packs' datasets
     more=(),                     # further words of the command line
+    wants_audioset:bool=False,   # whether AudioSet's weights are downloaded, too, where they are missing
 ) -> list:                       # folders and tables as `open_run` takes them, or None
     "The recordings of a command; packs are made where they are not whole. Raises `StethoError` if that needs terms to be accepted."
     if more and not values: raise StethoError(f"what is {more[0]!r}? recordings are given by --recordings")
@@ -87,7 +88,8 @@ def recordings_of(
         words[i] = str(pack_folder(word))
         if is_whole(words[i]): continue
         asked = shlex.quote(" ".join(values))
-        make_pack(word, Path(words[i]), accept_licences=accept_licences, retry=(
+        also = AUDIOSET.terms if wants_audioset and not find_audioset(words) else ""
+        make_pack(word, Path(words[i]), accept_licences=accept_licences, also=also, retry=(
             f"make reproduce RECORDINGS={asked} ACCEPT_LICENCES=1\nor\n  stetholm reproduce --recordings {asked} --accept-licences"))
     return words
 
@@ -107,13 +109,15 @@ def reproduce(
     until: Annotated[Optional[str], typer.Option(help="last stage")] = None,
     changes: Annotated[Optional[List[str]], typer.Option("--set", help="key=value, a profile field to change; may be repeated")] = None,
     accept_licences: Annotated[bool, typer.Option(
-        "--accept-licences", help="you accept the terms of the datasets that a pack is made of, if it must be made first")] = False,
+        "--accept-licences", help="you accept the terms of what must be downloaded first: the datasets of a pack, and the encoder's "
+                                  "initial weights")] = False,
 ):
     "Run the study: every stage notebook in order, skipping those that are up to date"
     overrides = overrides_of(changes)
     wanted = stages_between(first, until)
-    get_profile(profile, overrides)  # a wrong one is told before a pack is made
-    this = open_run(profile, run, recordings_of(recordings, accept_licences, more), overrides)
+    chosen = get_profile(profile, overrides)  # a wrong one is told before a pack is made
+    wants_audioset = chosen.wants_audioset and STAGES["alignment"] in wanted
+    this = open_run(profile, run, recordings_of(recordings, accept_licences, more, wants_audioset), overrides)
     made_with = run_note(this.folder).get("profile", {}).get("name", profile)
     if first and made_with != profile:
         raise StethoError(f"run {this.name!r} was made with profile {made_with}: add --profile {made_with}")
@@ -121,12 +125,12 @@ def reproduce(
         if not is_current(this, s.name):
             raise StethoError(f"stage {s.name!r} comes before {wanted[0].name!r} and is missing or out of date in run {this.name!r}: "
                               f"run it with --from {s.name}")
-    _check_machine(this, wanted)
+    due = lambda i: i < len(wanted) and (bool(first and i == 0) or not is_current(this, wanted[i].name))
+    _check_machine(this, [s.name for i, s in enumerate(wanted) if due(i)], accept_licences)
     data = f"recordings of {this.data}"
     if this.synthetic: data = "SYNTHETIC phantom recordings, made by this package: the numbers say nothing about medicine"
     print(f"stetholm {profile}, run {this.name}: {data}", flush=True)
     begun, last, kernels = time.perf_counter(), run_note(this.folder)["stages"], {}
-    due = lambda i: i < len(wanted) and (bool(first and i == 0) or not is_current(this, wanted[i].name))
     try:
         for i, s in enumerate(wanted):
             print(f"[{s.number}/{len(STAGES) - 1}] {s.name}: {s.title if due(i) else 'up to date'}", flush=True)
@@ -140,11 +144,17 @@ def reproduce(
     print(f"done in {(time.perf_counter() - begun)/60:.1f} min: {this.folder}; {data}", flush=True)
 
 # %% ../../nbs/cli/02_main.ipynb #machine
-def _check_machine(run, wanted):
-    "Raises `StethoError` if the stages that are due cannot write, or have no language model"
-    p, due = run.profile, [s.name for s in wanted if not is_current(run, s.name)]
+def _check_machine(run, due, accept_licences):
+    "Raises `StethoError` if the stages that are due cannot write, have no language model, or miss weights whose terms are not accepted"
+    p = run.profile
     if ("instructions" in due and p.instructions_endpoint) or ("preferences" in due and p.preferences_endpoint):
         writable(cache_folder(), "STETHOLM_CACHE")
+    if "alignment" in due and p.wants_audioset:
+        if accept_licences and not find_audioset(run.recordings):
+            from stetholm.data.fetch import fetch_weights
+            fetch_weights()
+        audioset_file(run.recordings)
+    elif "alignment" in due and p.has_mobilenet: print("the mobilenet starts from scratch: alignment_audioset=false", flush=True)
     if "alignment" in due and p.language_model != "tiny":
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: pool.submit(_check_language_model, p.language_model).result()
     if due: writable(run.folder, "STETHOLM_RUNS")

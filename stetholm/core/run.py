@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .code import code_hash, package_folder
 from .compute import peak_memory, set_seed
-from .config import PROFILES, RENAMED, STAGES, Profile, StethoError, get_profile
+from .config import AUDIOSET, PROFILES, RENAMED, STAGES, Profile, StethoError, get_profile
 from .files import file_hash, files_below, read_json, write_json
 
 # %% ../../nbs/core/04_run.ipynb #00-005
@@ -115,7 +115,7 @@ def reproduce_command(
 # %% ../../nbs/core/04_run.ipynb #00-009
 def run_note(
     folder:Path,  # of a run
-) -> dict:        # stages, recordings, profile, versions, hardware, git_commit; only `stages`, empty, before the first stage
+) -> dict:        # stages, recordings, profile, weights, versions, hardware, git_commit; only `stages`, empty, before the first stage
     "What `run.json` says. It is written when a stage begins and when it is done."
     path = Path(folder)/"run.json"
     return read_json(path) if path.exists() else {"stages": {}}
@@ -127,6 +127,7 @@ def _write_note(run, **stages):
     write_json(run/"run.json", {
         "stages": run_note(run.folder)["stages"] | stages, "recordings": _identity(run),
         "recordings_path": run.recordings_path, "profile": asdict(run.profile),
+        "weights": [AUDIOSET._asdict()] if run.profile.wants_audioset else [],
         "versions": versions(), "hardware": hardware(), "git_commit": git_commit()})
 
 # %% ../../nbs/core/04_run.ipynb #00-010

@@ -266,6 +266,7 @@ def build_pack(
     mirrors:dict=None,           # dataset to an address that is used in place of the publisher's
     accept_licences:bool=False,  # whether the terms of the datasets have been read and accepted
     retry:str="",                # the command that accepts them, for the error; empty: `stetholm data pack`
+    also:str="",                 # terms of what else is downloaded after the pack, told before those of the datasets
     **options                    # further arguments of `ResumingDownloader`
 ) -> pd.DataFrame:               # one row per clip that is missing: recording_id, source, publisher_file, fault
     "A pack, whole if no clip is missing. Raises `StethoError` if terms are not accepted, or a place or the space on disk is missing."
@@ -278,6 +279,7 @@ def build_pack(
         made = list(pool.map(lambda clip: _is_made(folder/clip.file, clip), clips.itertuples()))
     todo = clips[[not m for m in made]]
     plan, on_disk = _plan(name, clips, todo, places, mirrors)
+    if also: plan = f"{also}\n{plan}"
     if len(todo) and not accept_licences:
         raise StethoError(f"{name} is made of datasets with terms: read them, and accept them with\n"
                           f"  {retry or f'stetholm data pack {name} --accept-licences'}\n{plan}")

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from stetholm.cli.main import newest_model
-from stetholm.core.config import STAGES, StethoError
+from stetholm.core.config import AUDIOSET, STAGES, StethoError
 from stetholm.phantom.patients import make_phantom
 from stetholm.score.scores import KEY, LOWER_IS_BETTER, MEAN_OF_SOURCES
 from stetholm.data.sources import SOURCES
@@ -57,7 +57,7 @@ def test_help_names_every_command_within_half_a_second(stetholm):
     assert min(seconds for seconds, _ in tries) < .5
 
 
-@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data pack", "data manifest", "data scan", "data join", "data audit", "synthesize", "evaluate", "answer", "score", "ablate", "objectives", "publish"])
+@pytest.mark.parametrize("command", ["reproduce", "stages", "ask", "data", "data list", "data pack", "data weights", "data manifest", "data scan", "data join", "data audit", "synthesize", "evaluate", "answer", "score", "ablate", "objectives", "publish"])
 def test_every_command_has_help(stetholm, command):
     done = stetholm(*command.split(), "--help")
     assert done.returncode == 0 and f"stetholm {command}" in done.stdout and not done.stderr
@@ -357,6 +357,12 @@ def test_ask_refuses_a_folder_without_a_model(clips):
 
 
 # reproduce
+
+def test_reproduce_stops_before_its_first_stage_without_the_weights_it_wants(stetholm):
+    stetholm.environment["STETHOLM_CACHE"] = str(stetholm.cwd/"cache")
+    refused(stetholm("reproduce", "--profile", "smoke", "--set", "alignment_network=mobilenet", "--set", "alignment_audioset=true"), 2, AUDIOSET.title, "stetholm data weights")
+    assert not stetholm.runs.exists()
+
 
 def test_run_of_other_recordings_is_refused(stetholm, smoke_run, pack):
     stetholm.environment["STETHOLM_RUNS"] = str(smoke_run.runs)

@@ -1,4 +1,4 @@
-"Fetching against a server on loopback that misbehaves, and archives that mean harm"
+"Fetching against a server on loopback that misbehaves, archives that mean harm, and published weights"
 import functools
 import hashlib
 import http.server
@@ -9,9 +9,14 @@ import time
 import zipfile
 
 import pytest
+from typer.testing import CliRunner
 
-from stetholm.core.config import StethoError
-from stetholm.data.fetch import BLOCK_BYTES, BY_HAND, DOWNLOADS, Download, download, fetch, unpack
+from stetholm.cli.data_commands import data
+from stetholm.cli.main import _check_machine
+from stetholm.core.config import AUDIOSET, StethoError
+from stetholm.core.files import audioset_file
+from stetholm.core.run import open_run
+from stetholm.data.fetch import BLOCK_BYTES, BY_HAND, DOWNLOADS, Download, download, fetch, fetch_weights, unpack
 from stetholm.data.sources import SOURCES
 
 BODY = bytes(range(256))*4000
@@ -195,3 +200,90 @@ def test_every_dataset_can_be_fetched_or_says_how_to_get_it(stetholm):
     for words, code, said in ((("mimic",), 2, "unknown dataset"), (("circor",), 2, "ODC-BY-1.0"), (("tr", "--accept-licence"), 1, "Download All")):
         done = stetholm("data", "fetch", *words)
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr and not list(stetholm.cwd.iterdir())
+
+
+# weights
+
+@pytest.fixture
+def weights(shop, tmp_path, monkeypatch):
+    "The server publishes them, and the cache is empty"
+    shop["files"]["/mn04.pt"] = BODY
+    published = AUDIOSET._replace(url=f"{shop['url']}/mn04.pt", sha256=hashlib.sha256(BODY).hexdigest())
+    for module in ("core.files", "data.fetch"): monkeypatch.setattr(f"stetholm.{module}.AUDIOSET", published)
+    monkeypatch.setenv("STETHOLM_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("STETHOLM_RUNS", str(tmp_path/"runs"))
+    return tmp_path/"cache/weights/mn04.pt"
+
+
+def data_weights(*words):
+    "`data weights`: exit code and what it said"
+    done = CliRunner().invoke(data, ["weights", *map(str, words)])
+    assert done.exception is None or isinstance(done.exception, StethoError), done.exception
+    return getattr(done.exception, "exit_code", 0), f"{done.output}{done.exception or ''}"
+
+
+def test_weights_are_downloaded_once_and_resumed(shop, weights):
+    shop["cuts"] = 1
+    code, said = data_weights()
+    assert code == 0 and weights.read_bytes() == BODY and str(weights) in said and [asked for _, asked in shop["asked"]] == [None, f"bytes={whole_blocks(len(BODY)//2)}-"]
+    assert f"{AUDIOSET.title}: 4.1 MB from {shop['url']}/mn04.pt" in said and "MIT, Copyright (c) 2022 Florian Schmid" in said and "arXiv 2211.04772" in said and AUDIOSET.homepage in said
+    code, said = data_weights()
+    assert code == 0 and "here already" in said and str(weights) in said and len(shop["asked"]) == 2
+    assert [p.name for p in weights.parent.iterdir()] == ["mn04.pt"]
+
+
+def test_weights_are_taken_from_a_copy(shop, weights, tmp_path):
+    copy = tmp_path/"copy.pt"
+    copy.write_bytes(BODY[:-1])
+    for given in (copy, tmp_path, tmp_path/"nowhere"):
+        code, said = data_weights("--from", given)
+        assert code > 0 and str(given) in said and "stetholm data weights --from FILE" in said and not weights.parent.exists()
+    copy.write_bytes(BODY)
+    code, said = data_weights("--from", copy)
+    assert code == 0 and weights.read_bytes() == BODY and str(weights) in said and not shop["asked"]
+
+
+@pytest.mark.parametrize("served, match", [(b"other", "is not the file that was expected"), (None, "404")])
+def test_other_weights_than_the_published_ones_are_not_kept(shop, weights, served, match):
+    shop["files"]["/mn04.pt"] = served
+    code, said = data_weights()
+    assert code == 1 and match in said and said.endswith("stetholm data weights --from FILE") and not list(weights.parent.iterdir())
+
+
+def test_a_publisher_of_weights_that_does_not_answer(weights, monkeypatch):
+    monkeypatch.setattr("stetholm.data.fetch.AUDIOSET", AUDIOSET._replace(url="http://127.0.0.1:9/mn04.pt"))
+    with pytest.raises(StethoError, match="could not be reached in 1 tries .*stetholm data weights --from FILE$"): fetch_weights(attempts=1)
+
+
+def test_weights_are_found_in_the_cache_or_beside_the_recordings(weights, tmp_path, capsys):
+    clips, beside = tmp_path/"shared/clips", tmp_path/"shared/weights/mn04.pt"
+    with pytest.raises(StethoError, match="starts from AudioSet-trained mn04 .*: stetholm data weights"): audioset_file([clips])
+    for file in (weights, beside):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(BODY)
+    assert audioset_file([clips]) == weights and not capsys.readouterr().out
+    weights.write_bytes(b"damaged")
+    with pytest.raises(StethoError, match="is not the file that was published .*: stetholm data weights"): audioset_file([clips])
+    weights.unlink()
+    assert audioset_file([tmp_path/"elsewhere/table.parquet", clips]) == beside and f"{beside}, beside the recordings" in capsys.readouterr().out
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(weights):
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"damaged")
+    assert data_weights()[0] == 0 and weights.read_bytes() == BODY
+
+
+def test_the_study_looks_for_weights_before_its_first_stage(shop, weights, capsys):
+    network = {"alignment_network": "residual+mobilenet", "alignment_audioset": True}
+    run = open_run("smoke", overrides=network)
+    with pytest.raises(StethoError, match="stetholm data weights"): _check_machine(run, ["audit", "alignment"], False)
+    _check_machine(run, ["audit", "sft"], False)
+    _check_machine(open_run("smoke", overrides=network | {"alignment_network": "residual"}), ["alignment"], False)
+    assert not capsys.readouterr().out and not shop["asked"]
+    _check_machine(open_run("smoke", overrides=network | {"alignment_audioset": False}), ["alignment"], False)
+    assert "the mobilenet starts from scratch" in capsys.readouterr().out and not shop["asked"]
+    _check_machine(run, ["audit", "alignment"], True)
+    said = capsys.readouterr().out
+    assert weights.is_file() and "licence: MIT" in said and "4.1 MB" in said and shop["url"] in said
+    _check_machine(run, ["audit", "alignment"], False)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from stetholm.cli.data_commands import data
 from stetholm.cli.main import recordings_of
-from stetholm.core.config import StethoError
+from stetholm.core.config import AUDIOSET, StethoError
 from stetholm.core.run import is_current, open_run
 from stetholm.data import packs
 from stetholm.data.packs import PUBLISHERS, build_pack, cut, find_originals, is_whole, read_manifest, write_manifest
@@ -262,6 +262,9 @@ def test_a_pack_by_name_is_made_first_and_used_again(shop, monkeypatch):
     for source in PATHS: monkeypatch.setitem(packs.PUBLISHERS, source, packs.Publisher(shop["mirrors"][source], PUBLISHERS[source].path, PUBLISHERS[source].archive))
     with pytest.raises(StethoError, match="make reproduce RECORDINGS='tiny pack' ACCEPT_LICENCES=1") as refused: recordings_of(["tiny pack"])
     assert "stetholm reproduce --recordings 'tiny pack' --accept-licences" in str(refused.value) and not shop["asked"]
+    monkeypatch.setenv("STETHOLM_CACHE", "empty")
+    with pytest.raises(StethoError) as told: recordings_of(["tiny"], wants_audioset=True)
+    assert AUDIOSET.terms in str(told.value) and packs.SOURCES["circor"].title in str(told.value) and AUDIOSET.title not in str(refused.value)
     assert recordings_of(["tiny pack"], True) == [str(MADE), "pack"] and is_the_pack(MADE, shop)
     n = len(shop["asked"])
     assert recordings_of(["tiny"]) == [str(MADE)] and len(shop["asked"]) == n

@@ -12,9 +12,10 @@ import psutil
 import pytest
 from huggingface_hub import ModelCard
 
-from stetholm.core.config import STAGES
+from stetholm.core.config import AUDIOSET, STAGES
 from stetholm.core.files import file_hash
-from stetholm.report.model_card import SHOWN
+from stetholm.core.run import run_note
+from stetholm.report.model_card import SHOWN, model_card
 
 MODELS = ("aligned", "sft", "text_only", "dpo")
 
@@ -77,6 +78,12 @@ def test_models_carry_a_card_with_the_run_s_numbers(smoke_run, model):
     card, metrics = ModelCard.load(smoke_run.folder/model/"README.md"), json.loads((smoke_run.folder/"metrics.json").read_text())
     assert sorted(r.metric_value for r in card.data.eval_results) == sorted(s["value"] for s in metrics["scores"] if s["model"] == model and s["dataset"] == "all" and (s["over"], s["metric"]) in SHOWN)
     assert "Not for clinical use" in card.text and "SYNTHETIC" in card.text
+
+
+def test_a_card_names_the_weights_that_the_encoder_started_from(smoke_run, monkeypatch):
+    assert AUDIOSET.title not in model_card(smoke_run.folder, "dpo")
+    monkeypatch.setattr("stetholm.report.model_card.run_note", lambda folder: run_note(folder) | {"weights": [AUDIOSET._asdict()]})
+    assert f"AudioSet-trained mn04 (EfficientAT, MIT), SHA-256 `{AUDIOSET.sha256}`" in model_card(smoke_run.folder, "dpo")
 
 
 @pytest.fixture
