@@ -340,12 +340,13 @@ def ask(
             for note in f.notes: print(f"note: {c}: {note}", file=sys.stderr)
     warnings.simplefilter("ignore", AudioNote)  # they are told
     disable_progress_bars()
-    from stetholm.bench.grammar import with_organ
+    from stetholm.bench.grammar import names_organ
     from stetholm.model.lm import StethoLM
-    if organ is not None: question = with_organ(question, organ)
-    answer = StethoLM.from_pretrained(folder).ask(clips, question)
+    answer = StethoLM.from_pretrained(folder).ask(clips, question, organ)
     print(answer["text"] or "(the model gave no answer)")
     for c, p in zip(clips, answer["p_abnormal"]): print(f"P(abnormal) {p:.2f}  {c}")
+    if answer["organ"] and not (organ or names_organ(question)):
+        print(f"taken for {answer['organ']} sounds, as heard by the encoder; where they are not: --organ")
     print(f"model {_origin(folder)}; {answer['task'] or 'unknown'} question; not for clinical use")
 
 def _check_organ(organ, question):

@@ -62,7 +62,7 @@ class Profile:
     alignment_epochs:int = 1          # passes over the training recordings
     alignment_lr:float = 1e-3         # peak learning rate of the encoder
     alignment_projector:str = "mlp"   # mlp: the paper's; words: that, and what the encoder hears; attention: over each window's frames
-    alignment_prefix_tokens:int = 4   # audio tokens, of a recording (mlp, words) or of each window (attention)
+    alignment_prefix_tokens:int = 4   # audio tokens of the MLP (mlp, words; words: 0 for none), or of each window (attention)
     alignment_projector_steps:int = 4 # of the projector alone on reporting pairs; 0: fine-tuning starts with a projector as drawn
     alignment_projector_lr:float = 1e-3  # peak learning rate of those steps
     language_model:str = "tiny"       # tiny, smollm2-135m-instruct, or a Hugging Face name or folder
@@ -127,8 +127,8 @@ _MINI = Profile(
     name="mini", dtype="auto", phantom_patients=120, instructions_per_task=1,
     alignment_network="residual+mobilenet", alignment_width=1., alignment_depth=1., alignment_dim=128, alignment_phantoms=0,
     alignment_objective="labels", alignment_crop_s=4.5, alignment_batch=32, alignment_epochs=32, alignment_lr=1e-3,
-    alignment_projector="words", alignment_projector_steps=10, language_model="smollm2-135m-instruct",
-    sft_steps=160, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640,
+    alignment_projector="words", alignment_prefix_tokens=0, alignment_projector_steps=10, language_model="smollm2-135m-instruct",
+    sft_steps=320, sft_evaluations=2, sft_batch=8, sft_lr=3e-3, sft_lora_rank=16, sft_part_tokens=640,
     sft_augmentation=False, sft_train_encoder=False,
     preferences_questions=96, preferences_validation=32, preferences_samples=5, preferences_max_tokens=64, preferences_margin=0.05,
     dpo_steps=12, dpo_batch=4, dpo_lr=2e-4, dpo_evaluations=2,

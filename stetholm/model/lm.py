@@ -22,9 +22,11 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..bench.exchange import task_by_rule
+from ..bench.grammar import names_organ, with_organ
 from ..core.compute import device, dtype
 from ..core.config import Profile, StethoError
 from .encoder import AudioEncoder
+from .labels import presence, recording_labels
 from .processor import StethoLMFeatureExtractor, StethoLMProcessor
 from .projectors import PROJECTORS
 from ..sound.audio import is_silent
@@ -293,21 +295,40 @@ class StethoLM:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
+    @torch.inference_mode()
+    def hear(self,
+        windows:torch.Tensor,  # (windows, n_mels, frames) dB, of one recording
+    ) -> dict:                 # label to probability; empty if the encoder learned no labels
+        "What the encoder hears in a recording"
+        encoder = self.model.model.audio_encoder
+        heard = encoder.frames(windows.to(self.model.device))[..., encoder.dim:].mean((0, 1))
+        return dict(zip(recording_labels(encoder.labels), presence(heard, encoder.labels).tolist()))
+
     def ask(self,
-        recordings,    # one path or array as the feature extractor takes it, or a list of one or two
-        question:str,  # as typed
-    ) -> dict:         # text; task by its wording, or None; p_abnormal and spectrogram (windows, n_mels, frames) of each recording
+        recordings,      # one path or array as the feature extractor takes it, or a list of one or two
+        question:str,    # as typed
+        organ:str=None,  # heart or lung, where the question does not say it; None: the one that is heard
+    ) -> dict:           # text; task by its wording, or None; organ asked about; of each recording: heard, p_abnormal, spectrogram
         "The answer and P(abnormal), by the question itself if its answer is a verdict. Raises `StethoError` on digital silence."
         recordings = list(recordings) if isinstance(recordings, (list, tuple)) else [recordings]
         windows = [self.processor.feature_extractor(r) for r in recordings]
         for i, (r, w) in enumerate(zip(recordings, windows), 1):
             name = r if isinstance(r, (str, Path)) else f"recording {i}"
             if is_silent(w): raise StethoError(f"{name} is digital silence: nothing can be said about it; record it again")
+        heard = [self.hear(w) for w in windows]
+        organ = names_organ(question) or organ or _organ_heard(heard)
+        if organ: question = with_organ(question, organ)
         text = answer(self.model, self.processor, self.processor(question, windows))[0]
         verdict = len(recordings) == 1 and text.startswith(("Normal", "Abnormal"))
-        classify = question if verdict else "Is this sound normal or abnormal?"
+        classify = question if verdict else f"Is this {f'{organ} ' if organ else ''}sound normal or abnormal?"
         p = p_abnormal(self.model, self.processor, self.processor([classify]*len(recordings), [[w] for w in windows]))
-        return {"text": text, "task": task_by_rule(question), "p_abnormal": p.tolist(), "spectrogram": windows}
+        return {"text": text, "task": task_by_rule(question), "organ": organ, "heard": heard, "p_abnormal": p.tolist(),
+                "spectrogram": windows}
+
+def _organ_heard(heard):
+    "The organ of all recordings of a question, or None if they are not of one, or the encoder does not tell"
+    organs = {"lung" if h["lung"] >= .5 else "heart" for h in heard if "lung" in h}
+    return organs.pop() if len(organs) == 1 else None
 
 # %% ../../nbs/model/07_lm.ipynb #09-015-load_model
 def load_model(

@@ -18,14 +18,13 @@ import pandas as pd
 from ..bench.pairs import load_pairs
 from ..core.code import code_hash
 from ..core.compute import device, dtype, set_seed
-from ..core.files import file_hash, write_whole
+from ..core.files import audioset_file, file_hash, write_whole
 from ..core.run import Run, checkpoints, stage, versions
 from ..data.checks import note_training
 from ..data.recordings import load_recordings
 from ..model.backbones import assemble, check_backbone, load_backbone
 from ..model.encoder import hear_recordings, new_encoder
 from ..model.labels import labels_to_hear
-from ..model.networks import AUDIOSET_FILE
 from ..model.opera import load_opera
 from ..score.probing import probe_verdicts
 from ..sound.features import make_features
@@ -57,7 +56,7 @@ def alignment(
 
     train = table[table.split == "train"]
     labels = labels_to_hear(train) if "labels" in p.alignment_objective else ()
-    audioset = next((r.parent/"weights"/AUDIOSET_FILE for r in run.recordings), None)
+    audioset = audioset_file(run.recordings) if p.wants_audioset else None
     encoder = new_encoder(p, labels, tuple(train.domain.unique()), audioset).to(device())
     untrained = copy.deepcopy(encoder)
     log = load_encoder(run/"encoder", key, encoder)
