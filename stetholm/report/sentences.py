@@ -17,7 +17,7 @@ from ..score.scores import LOWER_IS_BETTER, MEAN_OF_SOURCES
 SYSTEM_PHRASES = {
     "prior": "the label prior", "text_only": "the text-only control", "shuffled": "SFT with other recordings",
     "silence": "SFT with silence", "logmel": "a regression on log-mel statistics", "neighbour": "the nearest neighbour",
-    "backbone": "the untrained language model", "encoder probe": "a linear probe of the encoder",
+    "backbone": "the untrained language model", "encoder": "the encoder alone", "encoder probe": "a linear probe of the encoder",
 }
 
 def _phrase(system): return SYSTEM_PHRASES.get(system, SYSTEM_NAMES.get(system, system))

@@ -34,7 +34,7 @@ def pipeline_mermaid() -> str:  # mermaid source
 # %% ../../nbs/report/03_study_drawings.ipynb #13b-013
 def training_log(
     folder:Path,    # of a run whose stages alignment, sft and dpo are done
-) -> pd.DataFrame:  # phase (encoder, projector, sft, dpo), model, step (an epoch of the encoder, else an optimiser step), measure, value
+) -> pd.DataFrame:  # phase (encoder, projector, sft, dpo), model (of the encoder a branch), step (of the encoder an epoch), measure, value
     "The logs of training in one long table. Raises `StethoError` naming the log that is missing."
     logs = []
     for name in ("alignment", "sft", "dpo"):
@@ -44,8 +44,9 @@ def training_log(
         rewards = [c for c in log if c.endswith("rewards/chosen")]
         log = log.assign(**{c.replace("chosen", "margin"): log[c] - log[c.replace("chosen", "rejected")] for c in rewards})
         if name != "alignment": log["phase"] = name
-        if "model" not in log: log["model"] = log.phase
-        log = log.drop(columns=["seconds", "drift"], errors="ignore")
+        if "model" not in log: log["model"] = log.get("branch", log.phase)
+        log["model"] = log.model.fillna(log.phase)
+        log = log.drop(columns=["seconds", "drift", "branch"], errors="ignore")
         logs.append(log.melt(["phase", "model", "step"], var_name="measure").dropna(subset="value"))
     return pd.concat(logs, ignore_index=True)
 
