@@ -52,7 +52,7 @@ QUESTIONS["detection"] = {
         "Which {domain} sound findings are present, if any?",
         "{context}Name the added sounds in this {domain} recording.", "Any added sounds?",
         "What is the primary sound event in this recording?",
-        "{context}Please list what is heard beside the normal sounds.",
+        "{context}Please list what is heard besides the normal sounds.",
         "I am learning to listen. {context}What am I hearing?", "List all adventitious sounds.",
         "{context}Are there any findings?", "Which labels does this {domain} recording have?", "Findings?"],
     "present": [
@@ -73,7 +73,7 @@ QUESTIONS["detection"] = {
         "In which phase {of} is there an added sound?", "{context}In which part {of} is anything abnormal heard?",
         "When in the cycle is there an abnormal sound, if any?",
         "What is the timing of the finding within the cycle, if there is one?", "{context}Timing of added sounds?",
-        "During which phase {of} do you hear something abnormal?"],
+        "During which phase {of} do you hear anything abnormal?"],
     "character": [
         "Describe the murmur, if there is one.", "{context}What is the murmur like, if there is one?",
         "Grade, shape and pitch of the murmur, if any?", "{context}If you hear a murmur, describe how it sounds.",
@@ -126,7 +126,7 @@ QUESTIONS["comparison"] = {
     "noisy": [
         "I made two {domain} recordings. Which of the two can be used?",
         "Compare the two recordings, their quality included.", "One of these may be noisy. What is heard in each?",
-        "Which recording is the better one, and what does it hold?"],
+        "Which recording is the better one, and what is heard in it?"],
 }
 
 # %% ../../nbs/bench/02_grammar.ipynb #location

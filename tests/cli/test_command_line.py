@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from stetholm.cli.main import newest_model
+from stetholm.cli.main import ask, newest_model
 from stetholm.core.config import AUDIOSET, STAGES, StethoError
 from stetholm.phantom.patients import make_phantom
 from stetholm.score.scores import KEY, LOWER_IS_BETTER, MEAN_OF_SOURCES
@@ -278,6 +278,18 @@ def test_ask_about_two_clips_takes_the_newest_model_and_gives_a_probability_for_
     done = clips("ask", STEREO, LONG, "Which one is abnormal?")
     assert done.returncode == 0 and "model dpo of run best (profile mini" in done.stdout, done.stderr
     assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
+
+
+def test_ask_puts_the_organ_into_a_question_that_leaves_it_open(tmp_path, monkeypatch):
+    asked = []
+    class Model:
+        def ask(self, clips, question):
+            asked.append(question)
+            return {"text": "Normal.", "task": "classification", "p_abnormal": [.1]*len(clips)}
+    monkeypatch.setattr("stetholm.model.lm.StethoLM.from_pretrained", lambda folder: Model())
+    soundfile.write(tmp_path/STEREO, .1*np.random.default_rng(0).standard_normal(8_000), 8_000)
+    for question, organ in (("Normal?", "heart"), ("Normal?", "lung"), ("Normal?", None), ("Is this lung sound normal?", "lung")): ask([str(tmp_path/STEREO), question], str(tmp_path), organ)
+    assert asked == ["Heart sounds. Normal?", "Lung sounds. Normal?", "Normal?", "Is this lung sound normal?"]
 
 
 @pytest.mark.report("`make smoke` after a real run")
