@@ -187,7 +187,7 @@ def _score_parts(scores):
             ("In and out of distribution", score_table(whole, "metric", "task", "distribution") if len(whole) else "None.")]
 
 _TAUGHT = ("The pooled label of an unseen set may be none that was taught, as the diagnoses of CinC 2016. So each set is also asked for the "
-           "sounds and diseases in it that were. Percent, with 95 % intervals over patients; in brackets, whose probability is scored.")
+           "sounds and diseases in it that were. In square brackets 95 % intervals over patients, in round ones whose probability is scored.")
 
 def _taught_part(taught):
     "What unseen sets are asked beside their pooled label, and what could not be scored"

@@ -270,7 +270,7 @@ def taught_table(
     scored = taught[taught.left_out == ""]
     table = _with_text(scored).pivot(index=index, columns="model", values="text").reindex(scored[index].drop_duplicates())
     probes = [p for p in PROBES if p not in PROBE_CONTROLS]
-    return _columns(_readable(table.reset_index()), *index, systems=[*SYSTEM_NAMES, ENCODER, *probes]).fillna("")
+    return _columns(_readable(table.reset_index().rename_axis(columns=None)), *index, systems=[*SYSTEM_NAMES, ENCODER, *probes]).fillna("")
 
 # %% ../../nbs/report/00_tables.ipynb #by-metric
 def metric_table(
