@@ -186,8 +186,8 @@ def _score_parts(scores):
             ("Scores by source", _per_metric(scores[scores.dataset != "all"], lambda t: score_table(t, "distribution", "task", "dataset"))),
             ("In and out of distribution", score_table(whole, "metric", "task", "distribution") if len(whole) else "None.")]
 
-_TAUGHT = ("The pooled label of an unseen set may be none that was taught, as the diagnoses of CinC 2016. So each set is also asked for the "
-           "sounds and diseases in it that were. In square brackets 95 % intervals over patients, in round ones whose probability is scored.")
+_TAUGHT = ("The pooled label of an unseen set may be none that was taught, as the diagnoses of CinC 2016. So each set is also asked for "
+           "the sounds and diseases in it that were. Square brackets: 95 % intervals over patients. Round: whose probability is scored.")
 
 def _taught_part(taught):
     "What unseen sets are asked beside their pooled label, and what could not be scored"

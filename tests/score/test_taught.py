@@ -71,13 +71,15 @@ def test_subjects_are_drawn_with_all_their_recordings(tmp_path):
     p = {r["recording_id"]: (r["binary"] == "abnormal")*.2 + b for r, b in zip(rows, bias)}
     heard = heard_of(tmp_path, [*p])
     grouped = asked(verdicts_of(p), heard, *rows).loc["BMD-HS, valve disease", "sft"].iloc[0]
-    alone = asked(verdicts_of(p), heard, *(r | {"patient_id": r["recording_id"]} for r in rows)).loc["BMD-HS, valve disease", "sft"].iloc[0]
+    apart = [r | {"patient_id": r["recording_id"]} for r in rows]
+    alone = asked(verdicts_of(p), heard, *apart).loc["BMD-HS, valve disease", "sft"].iloc[0]
     assert grouped.value == alone.value and (grouped.patients, alone.patients) == (20, 200)
     assert grouped.hi - grouped.lo > 2*(alone.hi - alone.lo)
 
 
 def test_verdict_within_databases_and_their_mean_forgive_a_shift_between_them(tmp_path):
-    places = [("a", i, y) for i, y in enumerate([0, 1]*6)] + [("e", i, y) for i, y in enumerate([0, 0, 0, 1]*5)] + [("d", 0, 0), ("d", 1, 0)]
+    right = {"a": [0, 1]*6, "e": [0, 0, 0, 1]*5, "d": [0, 0]}
+    places = [(d, i, y) for d, ys in right.items() for i, y in enumerate(ys)]
     rows = [recording(f"{d}{i}", "cinc2016", "abnormal" if y else "normal", database=f"training-{d}") for d, i, y in places]
     p = {f"{d}{i}": .1*y + .5*(d == "e") for d, i, y in places}  # rightly ordered within each, all of e above all of a
     found = asked(verdicts_of(p), heard_of(tmp_path, [*p]), *rows)
@@ -88,8 +90,8 @@ def test_verdict_within_databases_and_their_mean_forgive_a_shift_between_them(tm
 
 
 def test_findings_of_the_manikins_are_asked_within_their_organ_and_of_the_encoder_alone(tmp_path):
-    kinds = [("lung", ["wheeze"]), ("lung", ["fine crackle"]), ("lung", ["coarse crackle"]), ("lung", []), ("heart", ["mid systolic murmur"]),
-             ("heart", ["tachycardia"])]
+    kinds = [("lung", ["wheeze"]), ("lung", ["fine crackle"]), ("lung", ["coarse crackle"]), ("lung", []),
+             ("heart", ["mid systolic murmur"]), ("heart", ["tachycardia"])]
     rows = [recording(f"h{i}", "hlscmds", "abnormal" if f else "normal", "FM"[i % 2], domain, f) for i, (domain, f) in enumerate(kinds)]
     p = {r["recording_id"]: .5 for r in rows}
     found = asked(verdicts_of(p), heard_of(tmp_path, [*p], abnormal=.5, crackle=[.5, .9, .4, .1, 1., 1.], murmur=.5), *rows)
@@ -103,7 +105,8 @@ def test_findings_of_the_manikins_are_asked_within_their_organ_and_of_the_encode
 
 def test_a_verdict_that_depends_on_the_filter_flips(tmp_path):
     def breath(n, binary, *filters, **more):
-        return [recording(f"{f}P{n}", "kauh", binary, str(n), "lung", **more, **({"same_breath_as": f"EP{n}"} if f != "E" else {})) for f in filters]
+        same = {"B": {"same_breath_as": f"EP{n}"}, "D": {"same_breath_as": f"EP{n}"}, "E": {}}
+        return [recording(f"{f}P{n}", "kauh", binary, str(n), "lung", **more, **same[f]) for f in filters]
     rows = [*breath(1, "abnormal", *"EBD"), *breath(2, "normal", *"EBD"), *breath(3, "normal", *"BD"), *breath(4, "normal", "E"),
             *breath(5, "abnormal", *"EBD", split="train")]
     p = dict(EP1=.5, BP1=.4, DP1=.8, EP2=.1, BP2=.2, DP2=.4, BP3=.9, DP3=.6, EP4=.9)
