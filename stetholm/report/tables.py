@@ -7,7 +7,7 @@ __all__ = ['SYSTEM_NAMES', 'DISTRIBUTIONS', 'TASK_ORDER', 'METRIC_ORDER', 'ORDER
            'PUBLISHED', 'base_metric', 'ranked', 'ranked_metrics', 'sort_rows', 'in_percent', 'metric_title',
            'format_value', 'format_p', 'format_range', 'score_table', 'comparison_verdict', 'with_verdicts',
            'comparison_table', 'final_model', 'front_table', 'markdown_table', 'published_score', 'task_table',
-           'source_table', 'verdict_table', 'metric_table', 'difference_table', 'study_tables']
+           'source_table', 'verdict_table', 'taught_table', 'metric_table', 'difference_table', 'study_tables']
 
 # %% ../../nbs/report/00_tables.ipynb #imports
 import functools
@@ -22,6 +22,7 @@ from ..score.baselines import published
 from ..score.measures import BERTSCORE
 from ..score.probing import PROBES
 from ..score.scores import COMPARED, COMPARISONS, CONTROLS, LOWER_IS_BETTER, MEAN_OF_SOURCES, MEAN_OF_TASKS, SYSTEMS
+from ..score.taught import ENCODER, FLIP_RATE
 
 # %% ../../nbs/report/00_tables.ipynb #6b6945b9
 SYSTEM_NAMES = {m: (SYSTEMS | CONTROLS)[m] for m in (  # in the order of columns
@@ -32,7 +33,7 @@ METRIC_ORDER = (
     "clinical accuracy", "BERTScore F1", "BERTScore precision", "BERTScore recall", "ROUGE-L F1", "chrF2", "polarity accuracy",
     "findings precision", "findings recall", "findings F1", "timing accuracy", "diagnosis at 1", "diagnosis at 3",
     "contradictions per answer", "hallucination rate", "refusal rate", "false refusal rate", "AUROC", "sensitivity", "specificity",
-    "balanced accuracy", "Brier score", "calibration error", "ICBHI score", "ICBHI sensitivity", "ICBHI specificity")
+    "balanced accuracy", "Brier score", "calibration error", "ICBHI score", "ICBHI sensitivity", "ICBHI specificity", FLIP_RATE)
 ORDERS = {"distribution": DISTRIBUTIONS, "task": TASK_ORDER, "dataset": (MEAN_OF_SOURCES, "all")}  # of a column's values
 NOT_PERCENT = ("contradictions per answer", "Brier score", "calibration error")
 
@@ -259,6 +260,17 @@ def verdict_table(
     table = _by_system(scores[(scores.task == "P(abnormal)") & (scores.metric == metric)], "distribution", "dataset", "n")
     probes = [p for p in PROBES if p not in PROBE_CONTROLS]
     return _columns(table, "distribution", "source", "n", systems=[*SYSTEM_NAMES, *probes]).fillna("")
+
+# %% ../../nbs/report/00_tables.ipynb #taught
+def taught_table(
+    taught:pd.DataFrame,  # of stage `evaluation`
+) -> pd.DataFrame:        # question, metric, n, positives, patients, one column per system and probe: "value [lo, hi]"
+    "What unseen sets are asked beside their pooled label"
+    index = ["question", "metric", "n", "positives", "patients"]
+    scored = taught[taught.left_out == ""]
+    table = _with_text(scored).pivot(index=index, columns="model", values="text").reindex(scored[index].drop_duplicates())
+    probes = [p for p in PROBES if p not in PROBE_CONTROLS]
+    return _columns(_readable(table.reset_index().rename_axis(columns=None)), *index, systems=[*SYSTEM_NAMES, ENCODER, *probes]).fillna("")
 
 # %% ../../nbs/report/00_tables.ipynb #by-metric
 def metric_table(

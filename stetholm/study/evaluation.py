@@ -21,6 +21,7 @@ from ..score.reliability import with_recordings
 from ..score.robustness import robustness
 from ..score.scores import (
     COMPARISONS, align_with_questions, answer_draws, differences_of, headline, scores_of, verdict_draws)
+from ..score.taught import taught_scores
 from ..sound.features import Features
 
 # %% ../../nbs/study/7_evaluation.ipynb #7d31324f
@@ -39,7 +40,7 @@ def questions_of(
 
 @stage("evaluation")
 def evaluation(
-    run:Run,        # the models are read; predictions, verdicts, scores, differences, robustness and `metrics.json` are made
+    run:Run,        # the models are read; predictions, verdicts, scores, differences, taught, robustness and `metrics.json` are made
 ) -> pd.DataFrame:  # scores
     "Stage 7: every system's answers, and their scores. Raises `StethoError` if a stage was trained on a test recording."
     check_recordings(contamination(run.folder))
@@ -60,11 +61,12 @@ def evaluation(
     drawn = answer_draws(predictions, p.evaluation_bootstrap, p.seed) | verdict_draws(verdicts, p.evaluation_bootstrap, p.seed)
     scores = scores_of(drawn)
     differences = differences_of(drawn, [*COMPARISONS, *((m, "sft") for m in PROBES if m not in PROBE_CONTROLS)])
+    taught = taught_scores(verdicts, pd.read_parquet(run/"heard.parquet"), table, p.evaluation_bootstrap, p.seed)
     degraded = robustness(lm, "dpo", known[known.distribution == "in_domain"], p)
 
     with write_whole(run/"predictions.jsonl") as tmp: predictions.to_json(tmp, orient="records", lines=True, force_ascii=False)
     with write_whole(run/"verdicts.csv") as tmp: verdicts.to_csv(tmp, index=False)
-    for name, t in (("scores", scores), ("differences", differences), ("robustness", degraded)):
+    for name, t in (("scores", scores), ("differences", differences), ("taught", taught), ("robustness", degraded)):
         with write_whole(run/f"{name}.parquet") as tmp: t.to_parquet(tmp, index=False)
     about = dict(run=file_hash(run/"verdicts.csv")[:12], profile=p.name, data=run.data, synthetic=run.synthetic, seed=p.seed,
                  hardware=hardware(), questions=len(asked))
