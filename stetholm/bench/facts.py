@@ -186,8 +186,8 @@ def evidence(
     fields=(),    # of `Facts` that the answer depends on, beside `ALWAYS`
     **more        # what else it depends on
 ) -> str:
-    "What an answer depends on, as JSON; unknown fields are left out"
+    "What an answer depends on, as JSON; unknown fields are left out, and `organs` where there is one"
     def of(f):
-        values = {k: getattr(f, k) for k in (*ALWAYS, *fields)}
+        values = {k: getattr(f, k) for k in (*ALWAYS, *fields)} | {"organs": f.organs if len(f.organs) > 1 else None}
         return {k: v for k, v in values.items() if v not in ((), None) or k in ("binary", "findings")}
     return json.dumps({"asked": asked, **more, "recordings": [of(f) for f in known]}, ensure_ascii=False)

@@ -153,7 +153,8 @@ def score(
     predictions: Annotated[str, typer.Argument(help="answers: predictions.jsonl of a run, or lines of pair_id and generated; .gz too")],
     questions: Annotated[Optional[str], typer.Option(
         help="what was asked, where the answers do not say it: stethobench.parquet, or predictions.jsonl of a run")] = None,
-    verdicts: Annotated[Optional[str], typer.Option(help="verdicts.csv of a run: P(abnormal) is scored too")] = None,
+    verdicts: Annotated[Optional[str], typer.Option(
+        help="verdicts.csv of a run: P(abnormal) is scored too, and compared with answers that do not carry p_abnormal themselves")] = None,
     out: Annotated[Optional[str], typer.Option("-o", help="csv to write with every score")] = None,
     differences: Annotated[Optional[str], typer.Option(
         help="csv to write with every system minus every other one, paired, with p-values")] = None,
@@ -169,15 +170,20 @@ def score(
     import itertools
     import pandas as pd
     from stetholm.score.scores import (
-        agreement, align_with_questions, answer_draws, differences_of, judge_twice, read_lines, scores_of, verdict_draws)
+        agreement, align_with_questions, answer_draws, differences_of, format_strata, judge_twice, label_strata, read_lines, scores_of,
+        verdict_draws, with_p_abnormal)
     if bool(endpoint) != bool(model): raise StethoError("a judge is asked with --endpoint and --model together")
     if verdicts and not Path(verdicts).is_file(): raise StethoError(f"no verdicts at {verdicts}")
     asked = None
     if questions: asked = pd.read_parquet(questions).query("split == 'test'") if questions.endswith(".parquet") else read_lines(questions)
     answers, handled = align_with_questions(read_lines(predictions), asked, Path(predictions).name.split(".")[0])
     disable_progress_bars()
-    drawn = answer_draws(answers, resamples, seed, bertscore)
-    if verdicts: drawn |= verdict_draws(pd.read_csv(verdicts), resamples, seed)
+    drawn = {}
+    if verdicts:
+        of_recordings = pd.read_csv(verdicts)
+        drawn = verdict_draws(of_recordings, resamples, seed)
+        if "p_abnormal" not in answers: answers = with_p_abnormal(answers, of_recordings)
+    drawn = answer_draws(answers, resamples, seed, bertscore) | drawn
     scores = scores_of(drawn)
     if out:
         with write_whole(Path(out)) as tmp: scores.round(6).to_csv(tmp, index=False)
@@ -185,7 +191,7 @@ def score(
         pairs = list(itertools.permutations(answers.model.unique(), 2))
         with write_whole(Path(differences)) as tmp: differences_of(drawn, pairs).round(6).to_csv(tmp, index=False)
     _print_scores(scores)
-    print(handled)
+    print(*format_strata(label_strata(answers)), handled, sep="\n")
     if endpoint:
         from stetholm.core.chat import Chat, Endpoint
         judge = Endpoint(endpoint, model, temperature=0., max_tokens=max_tokens)
@@ -194,8 +200,8 @@ def score(
 
 def _print_scores(scores):
     "The overall scores of every system, one line per metric"
-    from stetholm.score.scores import MEAN_OF_SOURCES, MEAN_OF_TASKS
-    head = scores[scores.dataset.isin(["all", MEAN_OF_SOURCES]) & scores.task.isin(["all", MEAN_OF_TASKS, "P(abnormal)", "safety"])]
+    from stetholm.score.scores import MEAN_OF_SOURCES, OVERALL
+    head = scores[scores.dataset.isin(["all", MEAN_OF_SOURCES]) & scores.task.isin(OVERALL)]
     for s in head.itertuples():
         interval = "" if s.lo != s.lo else f" [{s.lo:.3f}, {s.hi:.3f}]"
         over = f"{s.task}, {s.dataset}" if s.dataset != "all" else s.task

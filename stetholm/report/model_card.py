@@ -21,7 +21,7 @@ from ..data.sources import SOURCES
 from ..model.backbones import SMOLLM2
 from .tables import (
     SYSTEM_NAMES, comparison_table, markdown_table, metric_title, score_table, sort_rows, with_verdicts)
-from ..score.scores import COMPARISONS, SYSTEMS
+from ..score.scores import COMPARISONS, MEAN_OVER_LABELS, SYSTEMS
 
 # %% ../../nbs/report/06_model_card.ipynb #150a3e5f
 BASES = {  # language model: its name on the hub, its licence
@@ -30,7 +30,8 @@ BASES = {  # language model: its name on the hub, its licence
     "tiny": (None, "apache-2.0"),
 }
 SHOWN = [  # of `metrics.json`: over what, and metric
-    ("all", "clinical accuracy"), ("all", "hallucination rate"), ("P(abnormal)", "AUROC"), ("P(abnormal)", "balanced accuracy"),
+    ("all", "clinical accuracy"), (MEAN_OVER_LABELS, "clinical accuracy"), ("all", "hallucination rate"), ("all", "names the wrong organ"),
+    ("all", "text agrees with P(abnormal)"), ("P(abnormal)", "AUROC"), ("P(abnormal)", "balanced accuracy"),
     ("P(abnormal)", "calibration error"),
 ]
 TAGS = ["audio", "auscultation", "heart-sounds", "lung-sounds", "stetholm"]
@@ -58,7 +59,7 @@ def _score_rows(name, metrics):
     "Every system's scores, with the model's own column in bold"
     scores = pd.DataFrame(_shown(metrics)).rename(columns={"over": "task"})
     scores = scores[scores.model.isin(SYSTEM_NAMES)]
-    return score_table(scores, "metric", "distribution").rename(columns={SYSTEMS[name]: f"**{SYSTEMS[name]}**"})
+    return score_table(scores, "metric", "task", "distribution").rename(columns={SYSTEMS[name]: f"**{SYSTEMS[name]}**"})
 
 def _gain_rows(name, metrics):
     "What the model has over each system it is compared with"
@@ -68,7 +69,7 @@ def _gain_rows(name, metrics):
     table = comparison_table(with_verdicts(d))
     table.insert(0, "metric", d.metric.map(metric_title))
     table = sort_rows(table, {"metric": [metric_title(m) for _, m in SHOWN]})
-    shown = ["metric", "distribution", "less", "difference", "p after Holm", "second is"]
+    shown = ["metric", "task", "distribution", "less", "difference", "p after Holm", "second is"]
     return table[shown].rename(columns={"second is": "the model is"})
 
 def _source_rows(trained):

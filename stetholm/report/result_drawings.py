@@ -20,7 +20,7 @@ from .style import DISTRIBUTION_LOOKS, draw_points, legend_below, looks, percent
 from ..score.probing import PROBES
 from ..score.reliability import GROUPS
 from ..score.robustness import AS_IS
-from ..score.scores import CONTROLS, MEAN_OF_SOURCES, MEAN_OF_TASKS, SYSTEMS
+from ..score.scores import CONTROLS, MEAN_OF_SOURCES, MEAN_OF_TASKS, MEAN_OVER_LABELS, SYSTEMS
 
 # %% ../../nbs/report/04_result_drawings.ipynb #roc
 @styled
@@ -241,7 +241,7 @@ def draw_tasks(
     note:str="",          # after the title
 ) -> Figure:
     "Every task's score of every system, in percent, in and out of distribution; n: questions"
-    order = [*(t for t in TASKS if t != "safety"), MEAN_OF_TASKS, "all", "safety"]
+    order = [*(t for t in TASKS if t != "safety"), MEAN_OF_TASKS, MEAN_OVER_LABELS, "all", "safety"]
     roomy = len(systems) <= MAX_WITH_INTERVAL
     s = scores[(scores.dataset == "all") & (scores.metric == metric) & scores.task.isin(order) & scores.model.isin(systems)]
     fig, axes = plt.subplots(2, 1, figsize=(9.5, 6.9), sharex=True, layout="constrained")
@@ -306,7 +306,7 @@ def draw_change(
     d = differences[(differences["first"] == first) & (differences.second == second)]
     accuracy = d[(d.metric == "clinical accuracy") & (d.dataset == "all")]
     auroc = d[(d.metric == "AUROC") & (d.dataset == MEAN_OF_SOURCES)].assign(task=MEAN_OF_SOURCES)
-    d, order = pd.concat([accuracy, auroc]), [*TASKS, MEAN_OF_TASKS, "all"]
+    d, order = pd.concat([accuracy, auroc]), [*TASKS, MEAN_OF_TASKS, MEAN_OVER_LABELS, "all"]
     pairs = [("clinical accuracy", t) for t in order if (accuracy.task == t).any()]
     if len(auroc): pairs.append(("AUROC", MEAN_OF_SOURCES))
     fig, ax = plt.subplots(figsize=(9.5, _height(pairs) + .2), layout="constrained")

@@ -11,7 +11,7 @@ import pandas as pd
 from ..bench.grammar import TASKS
 from .tables import (
     ALPHA, DISTRIBUTIONS, SYSTEM_NAMES, final_model, format_p, format_range, format_value, ranked, sort_rows, with_verdicts)
-from ..score.scores import LOWER_IS_BETTER, MEAN_OF_SOURCES
+from ..score.scores import LOWER_IS_BETTER, MEAN_OF_SOURCES, MEAN_OVER_LABELS
 
 # %% ../../nbs/report/07_sentences.ipynb #67fd99af
 SYSTEM_PHRASES = {
@@ -39,9 +39,15 @@ def _right_answers(model, distribution, rows):
     tasks = [f"{format_value(t, unit=' %')} ({t.task}, {_sizes(by_task.loc[[t.Index]])})" for t in by_task.itertuples()]
     extremes = f"; by task from {tasks[0]} to {tasks[-1]}" if len(tasks) > 1 else ""
     overall = right[right.task == "all"]
+    by_label = "".join(f", {format_value(r, unit=' %')} in the mean over labels" for r in right[right.task == MEAN_OVER_LABELS].itertuples())
     shares = [format_value(r, unit=" %") for r in overall.itertuples()]
-    return [f"{_opening(distribution)}, {share} of the answers of {_phrase(model)} are right ({_sizes(overall)}){extremes}."
+    return [f"{_opening(distribution)}, {share} of the answers of {_phrase(model)} are right ({_sizes(overall)}){by_label}{extremes}."
             for share in shares]
+
+def _agreement(model, distribution, rows):
+    agreed = rows[(rows.metric == "text agrees with P(abnormal)") & (rows.task == "all")]
+    return [f"{_opening(distribution)}, {format_value(r, unit=' %')} of the verdicts in the text of {_phrase(model)} are those of its "
+            f"P(abnormal) at one half ({_sizes(agreed)})." for r in agreed.itertuples()]
 
 def _mistakes(model, distribution, rows):
     rates = rows[rows.metric.isin(LOWER_IS_BETTER) & (rows.task == "all") | (rows.metric == "refusal rate") & (rows.task == "safety")]
@@ -58,7 +64,7 @@ def reached(
     model, out = final_model(scores), []
     for distribution in ranked(scores.distribution, DISTRIBUTIONS):
         rows = scores[(scores.model == model) & (scores.distribution == distribution) & (scores.dataset == "all") & scores.value.notna()]
-        out += _right_answers(model, distribution, rows) + _mistakes(model, distribution, rows)
+        for make in (_right_answers, _agreement, _mistakes): out += make(model, distribution, rows)
     return out
 
 # %% ../../nbs/report/07_sentences.ipynb #compared
@@ -70,6 +76,7 @@ def _mean_or_all(rows):
 def _subject(row):
     "What a comparison is about"
     if row.task == "P(abnormal)": return f"{row.metric}, {'all recordings' if row.dataset == 'all' else row.dataset}"
+    if row.task == MEAN_OVER_LABELS: return f"{row.metric}, {row.task}"
     return row.metric if row.task == "all" else f"{row.metric} of {row.task} answers"
 
 def _gain(row):
@@ -84,7 +91,9 @@ def compared(
     d = with_verdicts(differences)
     auroc = _mean_or_all(d[(d.task == "P(abnormal)") & (d.metric == "AUROC")])
     right = d[(d.metric == "clinical accuracy") & (d.dataset == "all")]
-    named = pd.concat([auroc, right[right.task == "all"], right[right.task.isin(TASKS) & (right.p_holm < ALPHA)]])
+    checks = d[d.metric.isin(["text agrees with P(abnormal)", "names the wrong organ"]) & (d.dataset == "all") & (d.task == "all")]
+    overall = right[right.task.isin(["all", MEAN_OVER_LABELS])]
+    named = pd.concat([auroc, overall, right[right.task.isin(TASKS) & (right.p_holm < ALPHA)], checks])
     named = named.assign(subject=[_subject(r) for r in named.itertuples()])
     out = []
     for (distribution, subject, second, verdict), g in named.groupby(["distribution", "subject", "second", "verdict"], sort=False):

@@ -21,19 +21,21 @@ from ..score.answering import PROBE_CONTROLS
 from ..score.baselines import published
 from ..score.measures import BERTSCORE
 from ..score.probing import PROBES
-from ..score.scores import COMPARED, COMPARISONS, CONTROLS, LOWER_IS_BETTER, MEAN_OF_SOURCES, MEAN_OF_TASKS, SYSTEMS
+from ..score.scores import (
+    COMPARED, COMPARISONS, CONTROLS, LOWER_IS_BETTER, MEAN_OF_SOURCES, MEAN_OF_TASKS, MEAN_OVER_LABELS, SYSTEMS)
 from ..score.taught import ENCODER, FLIP_RATE
 
 # %% ../../nbs/report/00_tables.ipynb #6b6945b9
 SYSTEM_NAMES = {m: (SYSTEMS | CONTROLS)[m] for m in (  # in the order of columns
     "prior", "logmel", "neighbour", "backbone", "text_only", "silence", "shuffled", "sft", "dpo")}
 DISTRIBUTIONS = {"in_domain": "in distribution", "ood": "out of distribution"}
-TASK_ORDER = [*TASKS, MEAN_OF_TASKS, "all", "P(abnormal)"]
+TASK_ORDER = [*TASKS, MEAN_OF_TASKS, MEAN_OVER_LABELS, "all", "P(abnormal)"]
 METRIC_ORDER = (
     "clinical accuracy", "BERTScore F1", "BERTScore precision", "BERTScore recall", "ROUGE-L F1", "chrF2", "polarity accuracy",
     "findings precision", "findings recall", "findings F1", "timing accuracy", "diagnosis at 1", "diagnosis at 3",
-    "contradictions per answer", "hallucination rate", "refusal rate", "false refusal rate", "AUROC", "sensitivity", "specificity",
-    "balanced accuracy", "Brier score", "calibration error", "ICBHI score", "ICBHI sensitivity", "ICBHI specificity", FLIP_RATE)
+    "contradictions per answer", "hallucination rate", "names the wrong organ", "text agrees with P(abnormal)", "refusal rate",
+    "false refusal rate", "AUROC", "sensitivity", "specificity", "balanced accuracy", "Brier score", "calibration error",
+    "ICBHI score", "ICBHI sensitivity", "ICBHI specificity", FLIP_RATE)
 ORDERS = {"distribution": DISTRIBUTIONS, "task": TASK_ORDER, "dataset": (MEAN_OF_SOURCES, "all")}  # of a column's values
 NOT_PERCENT = ("contradictions per answer", "Brier score", "calibration error")
 
@@ -159,14 +161,12 @@ def _short(verdict): return re.sub(r"\*\*|^(?:is|was) | (?:than|from|against)\b"
 # %% ../../nbs/report/00_tables.ipynb #front
 FRONT_MEASURES = {  # measure: (task, dataset, metric), and the distributions in which it is shown
     "right answers": (("all", "all", "clinical accuracy"), ("in_domain", "ood")),
-    "right answers, mean of tasks": (("mean of tasks", "all", "clinical accuracy"), ("in_domain",)),
-    "right answers to classification questions": (("classification", "all", "clinical accuracy"), ("in_domain",)),
-    "right answers to detection questions": (("detection", "all", "clinical accuracy"), ("in_domain",)),
-    "AUROC of P(abnormal), all recordings": (("P(abnormal)", "all", "AUROC"), ("in_domain", "ood")),
-    "AUROC of P(abnormal), mean of sources": (("P(abnormal)", MEAN_OF_SOURCES, "AUROC"), ("in_domain", "ood")),
-    "answers that name a finding which is not there": (("all", "all", "hallucination rate"), ("in_domain", "ood")),
+    "right answers, mean over labels": ((MEAN_OVER_LABELS, "all", "clinical accuracy"), ("in_domain", "ood")),
+    "AUROC of P(abnormal)": (("P(abnormal)", "all", "AUROC"), ("in_domain", "ood")),
+    "text agrees with P(abnormal)": (("all", "all", "text agrees with P(abnormal)"), ("in_domain", "ood")),
+    "answers that name the wrong organ": (("all", "all", "names the wrong organ"), ("in_domain", "ood")),
+    "answers that name a finding which is not there": (("all", "all", "hallucination rate"), ("in_domain",)),
     "safety questions declined": (("safety", "all", "clinical accuracy"), ("in_domain",)),
-    "other questions declined": (("all", "all", "false refusal rate"), ("in_domain",)),
 }
 
 def final_model(

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'CONTROLS', 'COMPARISONS', 'LONG_ANSWER', 'PREDICTION_COLUMNS', 'KEY', 'MEAN_OF_TASKS', 'MEAN_OF_SOURCES',
-           'CLINICAL', 'METRICS', 'LOWER_IS_BETTER', 'COMPARED', 'SECOND_OPINION', 'read_lines', 'Irregularities',
-           'align_with_questions', 'Estimate', 'scores_of', 'answer_draws', 'verdict_question', 'labelled',
-           'verdict_draws', 'differences_of', 'judge_twice', 'agreement', 'score_predictions', 'headline']
+           'MEAN_OVER_LABELS', 'MIN_QUESTIONS', 'MIN_STRATUM_PATIENTS', 'CLINICAL', 'METRICS', 'LOWER_IS_BETTER',
+           'COMPARED', 'SECOND_OPINION', 'OVERALL', 'read_lines', 'Irregularities', 'align_with_questions', 'Estimate',
+           'scores_of', 'label_strata', 'format_strata', 'answer_draws', 'verdict_question', 'labelled',
+           'with_p_abnormal', 'verdict_draws', 'differences_of', 'judge_twice', 'agreement', 'score_predictions',
+           'headline']
 
 # %% ../../nbs/score/01_scores.ipynb #imports
 import gzip
@@ -24,7 +26,8 @@ from ..bench.reader import read
 from ..core.chat import Chat
 from ..core.config import StethoError
 from ..core.intervals import calibration_error, draw_patients, holm, interval, p_value, rates, weighted_auroc
-from .measures import BERTSCORE, BERTSCORE_ENCODERS, MEASURES, WORDING, bertscores, counts, judge_grades, wording
+from .measures import (
+    BERTSCORE, BERTSCORE_ENCODERS, MEASURES, WORDING, bertscores, counts, judge_grades, strata, wording)
 
 # %% ../../nbs/score/01_scores.ipynb #9e116f1d
 SYSTEMS = {"text_only": "text only (control)", "sft": "SFT", "dpo": "SFT + mDPO"}  # trained by a run
@@ -92,6 +95,15 @@ def _check_predictions(predictions):
     if wrong := [i for i, g in zip(predictions.pair_id, predictions.generated) if not isinstance(g, str)]:
         raise StethoError(f"the answer to {wrong[0]} is not text: write \"\" for none")
 
+def _check_p_abnormal(predictions):
+    "One number or None for each recording of the evidence; None: the answer is missing"
+    for row in predictions.itertuples():
+        p, n = row.p_abnormal, len(json.loads(row.evidence)["recordings"])
+        numbers = isinstance(p, list) and len(p) == n and all(x is None or isinstance(x, (int, float)) and 0 <= x <= 1 for x in p)
+        if p is not None and not numbers:
+            raise StethoError(f"p_abnormal of {row.model}'s answer to {row.pair_id} is {p}: "
+                              f"write a list of {n}, in each place a number from 0 to 1, or null for none")
+
 def _check_questions(questions):
     "The questions, each once, with the tasks' own names"
     if missing := set(PREDICTION_COLUMNS[3:]) - set(questions):
@@ -122,6 +134,9 @@ def align_with_questions(
     full = full.merge(once[of_answer], how="left", on=keys).merge(questions[of_question], on="pair_id")
     missing = full.generated.isna()
     full["generated"] = full.generated.fillna("")
+    if "p_abnormal" in full:
+        full["p_abnormal"] = [p if isinstance(p, list) or p == p else None for p in full.p_abnormal]
+        _check_p_abnormal(full)
     texts = full.generated[~missing]
     return full, Irregularities(
         answers=len(full), missing=int(missing.sum()), duplicated=len(asked) - len(once), unknown=len(p) - len(asked),
@@ -151,6 +166,8 @@ def scores_of(
 # %% ../../nbs/score/01_scores.ipynb #a9804389
 MEAN_OF_TASKS = "mean of tasks"
 MEAN_OF_SOURCES = "mean of sources"
+MEAN_OVER_LABELS = "mean over labels"
+MIN_QUESTIONS, MIN_STRATUM_PATIENTS = 5, 2  # of a stratum in `MEAN_OVER_LABELS`
 CLINICAL = tuple(t for t in TASKS if t != "safety")
 
 def _counted(predictions, encoder):
@@ -160,7 +177,8 @@ def _counted(predictions, encoder):
     names = [*MEASURES, *(f"BERTScore {x} ({BERTSCORE_ENCODERS[encoder]})" for x in ("precision", "recall", "F1")), *WORDING]
     count = np.zeros((len(texts), len(names)))
     of = np.zeros_like(count)
-    for i, row in enumerate(zip(texts, predictions.evidence, predictions.task)):
+    known = predictions.p_abnormal if "p_abnormal" in predictions else [None]*len(texts)
+    for i, row in enumerate(zip(texts, predictions.evidence, predictions.task, (p or () for p in known))):
         for metric, pair in counts(*row).items():
             j = names.index(metric)
             count[i, j], of[i, j] = pair
@@ -174,6 +192,38 @@ def _groups(rows, task, dataset):
     out = {("all", "all"): clinical} | {(t, "all"): rows[task[rows] == t] for t in TASKS}
     return out | {("all", d): clinical[dataset[clinical] == d] for d in sorted(set(dataset[clinical]))}
 
+# %% ../../nbs/score/01_scores.ipynb #label-strata
+def label_strata(
+    predictions:pd.DataFrame,  # of `align_with_questions`
+) -> pd.DataFrame:             # distribution, stratum, n (questions), n_patients, averaged: whether `MEAN_OVER_LABELS` has it
+    "The strata of the clinical questions"
+    asked = predictions[predictions.task != "safety"].drop_duplicates("pair_id")
+    asked = asked.assign(stratum=[sorted(strata(e)) for e in asked.evidence]).explode("stratum")
+    t = asked.groupby(["distribution", "stratum"], as_index=False).agg(n=("pair_id", "size"), n_patients=("patient_id", "nunique"))
+    return t.assign(averaged=(t.n >= MIN_QUESTIONS) & (t.n_patients >= MIN_STRATUM_PATIENTS))
+
+def format_strata(
+    table:pd.DataFrame,  # of `label_strata`
+) -> list:               # sentences, one per distribution
+    "Which strata are averaged and which are left out"
+    out = []
+    for distribution, t in table.groupby("distribution"):
+        few = [f"{r.stratum} ({r.n}, {r.n_patients})" for r in t[~t.averaged].itertuples()]
+        left_out = f"; left out (questions, patients): {'; '.join(few)}" if few else ""
+        out.append(f"{distribution}, {MEAN_OVER_LABELS}: {'; '.join(t.stratum[t.averaged])}{left_out}")
+    return out
+
+def _mean_over_labels(rows, member, right, of, where, w):
+    "The mean of strata of the clinical accuracy of some answers; `member`: (n, strata) of all answers"
+    parts, patients = [], lambda rows: len(set(where[rows]))
+    for inside in (rows[m] for m in member[rows].T):
+        if not len(inside): continue
+        drawn = rates(right[inside], of[inside], where[inside], w)[:, 0]
+        parts.append(Estimate(drawn, len(inside), patients(inside), patients(inside)))
+    if not parts: return None
+    averaged = rows[member[rows].any(1)]
+    return _mean(parts, patients(averaged))._replace(n=len(averaged))
+
 # %% ../../nbs/score/01_scores.ipynb #answer-draws
 def answer_draws(
     predictions:pd.DataFrame,  # of `align_with_questions`
@@ -184,12 +234,14 @@ def answer_draws(
     "Every metric of every system, task and source, resampled over the same patients"
     names, count, of = _counted(predictions, encoder)
     task, dataset, patient, model = (predictions[c].to_numpy(str) for c in ("task", "dataset", "patient_id", "model"))
-    out = {}
+    of_question, table, out = [strata(e) for e in predictions.evidence], label_strata(predictions), {}
     for distribution in sorted(predictions.distribution.unique()):
         inside = np.flatnonzero(predictions.distribution == distribution)
         w, patient_index = draw_patients(patient[inside], resamples, seed)
         where = np.zeros(len(predictions), int)
         where[inside] = patient_index
+        averaged = table.stratum[table.averaged & (table.distribution == distribution)]
+        member = np.array([[s in labels for s in averaged] for labels in of_question], bool)
         for m in sorted(set(model[inside])):
             groups = _groups(inside[model[inside] == m], task, dataset)
             for (t, d), rows in groups.items():
@@ -203,6 +255,9 @@ def answer_draws(
                 halves = [out.get((m, t, d, distribution, f"ICBHI {x}")) for x in ("sensitivity", "specificity")]
                 if all(halves): out[m, t, d, distribution, "ICBHI score"] = _mean(halves, len(set(patient[rows])))
             _add_means(out, m, distribution, [d for _, d in groups if d != "all"], (*names, "ICBHI score"))
+            j = names.index("clinical accuracy")
+            by_label = _mean_over_labels(groups["all", "all"], member, count[:, [j]], of[:, [j]], where, w)
+            if by_label: out[m, MEAN_OVER_LABELS, "all", distribution, "clinical accuracy"] = by_label
     return out
 
 def _add_means(out, model, distribution, sources, metrics):
@@ -231,9 +286,26 @@ def labelled(
     columns = ["recording_id", "source", "distribution", "patient_id", "binary"]
     return verdicts.merge(table.loc[table.binary.notna(), columns].reset_index(drop=True), on="recording_id")
 
+# %% ../../nbs/score/01_scores.ipynb #own-p
+_VERDICT_COLUMNS = {"model", "recording_id", "p_abnormal", "binary", "source", "distribution", "patient_id"}
+
+def _check_verdicts(verdicts, columns):
+    if missing := columns - set(verdicts):
+        raise StethoError(f"the verdicts lack {', '.join(sorted(missing))}: give verdicts.csv of a run")
+
+def with_p_abnormal(
+    predictions:pd.DataFrame,  # of `align_with_questions`
+    verdicts:pd.DataFrame,     # model, recording_id, p_abnormal
+) -> pd.DataFrame:             # with `p_abnormal`: a list per answer, one number or None per recording
+    "Answers beside the P(abnormal) of the same system. Raises `StethoError` if a column is missing."
+    _check_verdicts(verdicts, {"model", "recording_id", "p_abnormal"})
+    known = verdicts[verdicts.p_abnormal.notna()]
+    p_of = dict(zip(zip(known.model, known.recording_id), known.p_abnormal))
+    asked = [[r["recording_id"] for r in json.loads(e)["recordings"]] for e in predictions.evidence]
+    return predictions.assign(p_abnormal=[[p_of.get((m, r)) for r in ids] for m, ids in zip(predictions.model, asked)])
+
 # %% ../../nbs/score/01_scores.ipynb #verdict-draws
 METRICS = ("AUROC", "sensitivity", "specificity", "balanced accuracy", "Brier score", "calibration error")
-_VERDICT_COLUMNS = {"model", "recording_id", "p_abnormal", "binary", "source", "distribution", "patient_id"}
 
 def _verdict_metrics(g, w):
     "Draws of each of `METRICS`"
@@ -253,8 +325,7 @@ def verdict_draws(
     seed:int=0,             # of the draws
 ) -> dict:                  # (model, "P(abnormal)", source, distribution, metric) to `Estimate`
     "`METRICS` of each system, on each source, on all, and as the mean of sources. Raises `StethoError` if a column is missing."
-    if missing := _VERDICT_COLUMNS - set(verdicts):
-        raise StethoError(f"the verdicts lack {', '.join(sorted(missing))}: give verdicts.csv of a run")
+    _check_verdicts(verdicts, _VERDICT_COLUMNS)
     out = {}
     for distribution, v in verdicts.groupby("distribution"):
         w, where = draw_patients(v.patient_id.to_numpy(str), resamples, seed)
@@ -272,10 +343,11 @@ def verdict_draws(
     return out
 
 # %% ../../nbs/score/01_scores.ipynb #7b4f94ae
-LOWER_IS_BETTER = ("contradictions per answer", "hallucination rate", "false refusal rate", "Brier score", "calibration error")
+LOWER_IS_BETTER = (
+    "contradictions per answer", "hallucination rate", "names the wrong organ", "false refusal rate", "Brier score", "calibration error")
 COMPARED = (  # metrics
-    "clinical accuracy", "polarity accuracy", "findings F1", "hallucination rate", BERTSCORE, "AUROC", "balanced accuracy",
-    "Brier score", "calibration error")
+    "clinical accuracy", "polarity accuracy", "findings F1", "hallucination rate", "names the wrong organ", "text agrees with P(abnormal)",
+    BERTSCORE, "AUROC", "balanced accuracy", "Brier score", "calibration error")
 
 def differences_of(
     drawn:dict,                    # of `answer_draws` or `verdict_draws`, or both
@@ -326,6 +398,8 @@ def score_predictions(
     "Every score of answers. Raises `StethoError` if a column is missing or a task unknown."
     return scores_of(answer_draws(align_with_questions(predictions)[0], resamples, seed, encoder))
 
+OVERALL = ("all", MEAN_OF_TASKS, MEAN_OVER_LABELS, "P(abnormal)", "safety")  # values of column task
+
 def _json_number(v):
     if v != v: return None
     return round(v, 4) if isinstance(v, float) else v
@@ -339,6 +413,6 @@ def headline(
         t = t[[*names, "value", "lo", "hi", "n", "n_patients", *(c for c in ("p", "p_holm") if c in t)]]
         return [{k: _json_number(v) for k, v in r.items()} for r in t.to_dict("records")]
     overall = ["all", MEAN_OF_SOURCES]
-    head = scores[scores.dataset.isin(overall) & scores.task.isin(["all", MEAN_OF_TASKS, "P(abnormal)", "safety"])]
+    head = scores[scores.dataset.isin(overall) & scores.task.isin(OVERALL)]
     return {"scores": rows(head.rename(columns={"task": "over"}), "model", "over", *KEY[2:]),
             "differences": rows(differences[differences.dataset.isin(overall)], "first", "second", *KEY[1:])}

@@ -19,8 +19,9 @@ from ..score.answering import PROBE_CONTROLS, Answers, ask_controls, ask_models,
 from ..score.probing import PROBES
 from ..score.reliability import with_recordings
 from ..score.robustness import robustness
-from ..score.scores import (
-    COMPARISONS, align_with_questions, answer_draws, differences_of, headline, scores_of, verdict_draws)
+from stetholm.score.scores import (
+    COMPARISONS, align_with_questions, answer_draws, differences_of, format_strata, headline, label_strata, scores_of, verdict_draws,
+    with_p_abnormal)
 from ..score.taught import taught_scores
 from ..sound.features import Features
 
@@ -50,13 +51,12 @@ def evaluation(
     encoder = load_model(run/"aligned", p).model.model.audio_encoder
     answers += ask_controls(encoder, table, features, load_pairs(run.folder, "train"), asked)
     predictions, handled = align_with_questions(pd.DataFrame(answers), asked)
-    print(handled, flush=True)
+    print(handled, *format_strata(label_strata(predictions)), sep="\n", flush=True)
 
     probes = pd.read_parquet(run/"probes.parquet").replace({"model": PROBE_CONTROLS})
     verdicts = with_recordings(pd.concat([probes, *verdicts], ignore_index=True), table, features)
     verdicts = verdicts.round({"p_abnormal": 6})  # as in the file, so that ties here are ties there
-    p_of = verdicts.set_index(["model", "recording_id"]).p_abnormal
-    predictions["p_abnormal"] = [[p_of.get((m, i)) for i in r] for m, r in zip(predictions.model, predictions.recording_ids)]
+    predictions = with_p_abnormal(predictions, verdicts)
 
     drawn = answer_draws(predictions, p.evaluation_bootstrap, p.seed) | verdict_draws(verdicts, p.evaluation_bootstrap, p.seed)
     scores = scores_of(drawn)
