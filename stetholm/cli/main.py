@@ -324,7 +324,8 @@ def ask(
         metavar='CLIP... "QUESTION"', help="one or two audio files of any rate and length, then the question")],
     model: Annotated[Optional[str], typer.Option(
         help="model folder; default the newest of the largest profile in runs/; a random one of smoke only where named")] = None,
-    organ: Annotated[Optional[str], typer.Option(help="heart or lung: what the stethoscope was over, where the question leaves it open")] = None,
+    organ: Annotated[Optional[str], typer.Option(
+        help="heart or lung: what the stethoscope was over, where the question leaves it open; default: what is heard")] = None,
 ):
     "Ask a trained model about one or two recordings"
     *clips, question = words
@@ -354,7 +355,8 @@ def _check_organ(organ, question):
     if organ not in ("heart", "lung"): raise StethoError(f"--organ is heart or lung, not {organ!r}")
     from stetholm.bench.grammar import names_organ
     if names_organ(question) not in (None, organ):
-        raise StethoError(f"the question names the {names_organ(question)}, and --organ the {organ}: ask without --organ, or about the {organ}")
+        raise StethoError(f"the question names the {names_organ(question)}, and --organ the {organ}: "
+                          f"ask without --organ, or about the {organ}")
 
 def newest_model() -> Path:
     "The last trained model of the largest profile in runs/. Raises `StethoError` if there is none beside the random ones of smoke."
