@@ -273,9 +273,11 @@ def fetch_weights(
     elif copy is None:
         file = Download(AUDIOSET.url, AUDIOSET.file, f"sha256:{AUDIOSET.sha256}")
         try: download(file, writable(target.parent, "STETHOLM_CACHE"), **options)
-        except StethoError as e: raise StethoError(f"{e}; or take a copy of the file: stetholm data weights --from FILE", e.exit_code) from None
+        except StethoError as e:
+            raise StethoError(f"{e}; or take a copy of the file: stetholm data weights --from FILE", e.exit_code) from None
     else:
-        if not Path(copy).is_file(): raise StethoError(f"no file at {copy}: stetholm data weights --from FILE, or without --from to download it")
+        if not Path(copy).is_file():
+            raise StethoError(f"no file at {copy}: stetholm data weights --from FILE, or without --from to download it")
         if file_hash(copy) != AUDIOSET.sha256:
             raise StethoError(f"{copy} is not the file that was published (SHA-256 {AUDIOSET.sha256}): "
                               "stetholm data weights --from FILE with another copy, or without --from to download it", 1)
