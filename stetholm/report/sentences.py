@@ -39,7 +39,8 @@ def _right_answers(model, distribution, rows):
     tasks = [f"{format_value(t, unit=' %')} ({t.task}, {_sizes(by_task.loc[[t.Index]])})" for t in by_task.itertuples()]
     extremes = f"; by task from {tasks[0]} to {tasks[-1]}" if len(tasks) > 1 else ""
     overall = right[right.task == "all"]
-    by_label = "".join(f", {format_value(r, unit=' %')} in the mean over labels" for r in right[right.task == MEAN_OVER_LABELS].itertuples())
+    over_labels = right[right.task == MEAN_OVER_LABELS]
+    by_label = "".join(f", {format_value(r, unit=' %')} in the mean over labels" for r in over_labels.itertuples())
     shares = [format_value(r, unit=" %") for r in overall.itertuples()]
     return [f"{_opening(distribution)}, {share} of the answers of {_phrase(model)} are right ({_sizes(overall)}){by_label}{extremes}."
             for share in shares]

@@ -35,7 +35,7 @@ _TIMING_FAULTS = ("timing", "number", "dropped")
 
 # %% ../../nbs/score/00_measures.ipynb #compare
 def _compared(claims, facts):
-    "Of each recording, verdict and families: claimed (`verdict`, `judged`: or contradictory, `named`), labelled (`label`, `there`, or None)"
+    "Of each recording, verdict and families: claimed (`verdict`, `judged`: or contradictory, `named`), labelled (`label`, `there`)"
     recordings = facts["recordings"]
     names = ["only"] if len(recordings) == 1 else ["first", "second"]
     out = []
