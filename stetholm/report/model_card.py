@@ -99,9 +99,9 @@ lm = load("this/folder")
 lm.ask("clip.wav", "Is this heart sound normal or abnormal?")
 ```
 
-The base is not in this folder: `{{ shipped.base.name }}` with SHA-256 `{{ shipped.base.sha256 }}`, which `make install` brings. What training
-changed of it is here at rank {{ shipped.rank }}, which leaves {{ "%.2f" | format(100*shipped.left_out) }} % of the change out; the encoder and
-the projector are whole, their matrices in bfloat16. The scores below are of the model before that.
+The base is not in this folder: `{{ shipped.base.name }}` with SHA-256 `{{ shipped.base.sha256 }}`, which `make install` brings.
+What training changed of it is here at rank {{ shipped.rank }}, which leaves {{ "%.2f" | format(100*shipped.left_out) }} % of the
+change out; encoder and projector are whole, their matrices in bfloat16. The scores below are of the model before that.
 {% else %}
 ```python
 from stetholm import StethoLM
