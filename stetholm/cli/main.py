@@ -310,12 +310,34 @@ def ceiling(
 def publish(
     run: Annotated[str, typer.Option(help="run folder's name")],
     to: Annotated[Optional[str], typer.Option(help="folder; default figures/ of the checkout")] = None,
+    models: Annotated[Optional[str], typer.Option(help="folder of models by profile; default data/models/ of the checkout")] = None,
 ):
-    "Copy a run's figures, their tables and metrics.json to the folder that is committed"
-    source, target = runs_folder()/run/"figures", Path(to) if to else package_folder().parent/"figures"
+    "Copy what is committed of a run: its figures, their tables and metrics.json, and its model without the base language model"
+    root = package_folder().parent
+    source, target = runs_folder()/run/"figures", Path(to) if to else root/"figures"
     if not source.is_dir(): raise StethoError(f"run {run!r} has no figures: stetholm reproduce --run {shlex.quote(run)}")
     with write_whole(target) as tmp: shutil.copytree(source, tmp)
     print(f"{len(list(target.iterdir()))} files in {target}")
+    _publish_model(source.parent, Path(models) if models else root/"data/models")
+
+def _publish_model(run, models):
+    "The last model of a run's folder, without its base and with its card"
+    disable_progress_bars()
+    from stetholm.model.backbones import SMOLLM2
+    from stetholm.model.shipped import WEIGHTS, ship
+    from stetholm.report.model_card import model_card
+    profile = run_note(run)["profile"]
+    if profile["language_model"] != SMOLLM2:
+        print(f"no model in {models}: its base is {profile['language_model']}, and users have {SMOLLM2}")
+        return
+    name = next((n for n in ("dpo", "sft") if (run/n/"config.json").is_file()), None)
+    if name is None: raise StethoError(f"run {run.name!r} has no model: {shlex.join(['stetholm', 'reproduce', '--run', run.name])}")
+    target, rank = models/profile["name"], profile["sft_lora_rank"]*{"sft": 1, "dpo": 2}[name]
+    with write_whole(target) as tmp:
+        manifest = ship(run/name, tmp, rank)
+        (tmp/"README.md").write_text(model_card(run, name, manifest), encoding="utf-8")
+    print(f"model {name} in {target}: {(target/WEIGHTS).stat().st_size/1e6:.1f} MB, rank {manifest['rank']} of {rank}; "
+          f"{manifest['left_out']:.2%} of what training changed is left out")
 
 # %% ../../nbs/cli/02_main.ipynb #15-016
 @app.command()
@@ -323,7 +345,8 @@ def ask(
     words: Annotated[List[str], typer.Argument(
         metavar='CLIP... "QUESTION"', help="one or two audio files of any rate and length, then the question")],
     model: Annotated[Optional[str], typer.Option(
-        help="model folder; default the newest of the largest profile in runs/; a random one of smoke only where named")] = None,
+        help="model folder; default the newest of the largest profile in runs/, else the shipped one; a random one of smoke only where "
+             "named")] = None,
     organ: Annotated[Optional[str], typer.Option(
         help="heart or lung: what the stethoscope was over, where the question leaves it open; default: what is heard")] = None,
 ):
@@ -342,13 +365,13 @@ def ask(
     warnings.simplefilter("ignore", AudioNote)  # they are told
     disable_progress_bars()
     from stetholm.bench.grammar import names_organ
-    from stetholm.model.lm import StethoLM
-    answer = StethoLM.from_pretrained(folder).ask(clips, question, organ)
+    from stetholm.model.shipped import load
+    answer = load(folder).ask(clips, question, organ)
     print(answer["text"] or "(the model gave no answer)")
     for c, p in zip(clips, answer["p_abnormal"]): print(f"P(abnormal) {p:.2f}  {c}")
     if answer["organ"] and not (organ or names_organ(question)):
         print(f"taken for {answer['organ']} sounds, as heard by the encoder; where they are not: --organ")
-    print(f"model {_origin(folder)}; {answer['task'] or 'unknown'} question; not for clinical use")
+    print(f"{_origin(folder)}; {answer['task'] or 'unknown'} question; not for clinical use")
 
 def _check_organ(organ, question):
     "Raises `StethoError` on an unknown organ, and on a question that names the other one"
@@ -359,17 +382,20 @@ def _check_organ(organ, question):
                           f"ask without --organ, or about the {organ}")
 
 def newest_model() -> Path:
-    "The last trained model of the largest profile in runs/. Raises `StethoError` if there is none beside the random ones of smoke."
+    "The last trained model of the largest profile in runs/ but smoke's random ones, else a shipped one. Raises `StethoError` without any."
     found = [m for kind in ("dpo", "sft") for m in runs_folder().glob(f"*/{kind}/config.json")]
     def size_of(m): return [*PROFILES].index(run_note(m.parent.parent).get("profile", {}).get("name", "smoke"))
     size = {m: size_of(m) for m in found}
     if trained := [m for m in found if size[m]]: return max(trained, key=lambda m: (size[m], m.stat().st_mtime)).parent
+    models = package_folder().parent/"data/models"
+    if shipped := [models/name for name in PROFILES if (models/name/"config.json").is_file()]: return shipped[-1]
     only = "; those of profile smoke are random, and answer only when named" if found else ""
-    raise StethoError(f"no trained model in {runs_folder()}{only}: train one with `stetholm reproduce`, or give --model a folder")
+    raise StethoError(f"no trained model in {runs_folder()}{only}, and none in {models}, where a clone of the repository has one: run ask "
+                      "there, train one with `stetholm reproduce`, or give --model a folder")
 
 def _origin(folder):
     "Which model of which run"
-    run = folder.resolve().parent
-    note = run_note(run)
-    if "profile" not in note: return str(folder)
-    return f"{folder.name} of run {run.name} (profile {note['profile']['name']}, trained on {note['recordings']['data']})"
+    from stetholm.model.shipped import MANIFEST, origin
+    kind, of = "shipped model" if (folder/MANIFEST).is_file() else "model", origin(folder)
+    if "run" not in of: return f"{kind} {folder}"
+    return f"{kind} {of['model']} of run {of['run']} (profile {of['profile']}, trained on {of['data']})"

@@ -93,11 +93,23 @@ implementation of StethoLM (arXiv 2603.00355), not the authors' weights.
 This is the control. It was trained without recordings and answers from the question alone.
 {% endif %}
 
+{% if shipped %}
+```python
+from stetholm import load
+lm = load("this/folder")
+lm.ask("clip.wav", "Is this heart sound normal or abnormal?")
+```
+
+The base is not in this folder: `{{ shipped.base.name }}` with SHA-256 `{{ shipped.base.sha256 }}`, which `make install` brings.
+What training changed of it is here at rank {{ shipped.rank }}, which leaves {{ "%.2f" | format(100*shipped.left_out) }} % of the
+change out; encoder and projector are whole, their matrices in bfloat16. The scores below are of the model before that.
+{% else %}
 ```python
 from stetholm import StethoLM
 lm = StethoLM.from_pretrained("this/folder")
 lm.ask("clip.wav", "Is this heart sound normal or abnormal?")
 ```
+{% endif %}
 
 ## Parts
 
@@ -141,7 +153,7 @@ adds the verdict of a plain classifier.
 ## Provenance
 
 Run `{{ run }}`, profile `{{ profile.name }}`, seed {{ profile.seed }}, commit {{ note.git_commit or "not in git" }}, on
-{{ note.hardware }}; {{ versions }}. SHA-256 of this folder without this card: `{{ sha256 }}`.
+{{ note.hardware }}; {{ versions }}. SHA-256 of {{ "the run's model" if shipped else "this folder without this card" }}: `{{ sha256 }}`.
 """
 _JINJA = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
 
@@ -151,8 +163,9 @@ TRAINED_IN = {  # model: the stages that train it
 }
 
 def model_card(
-    folder:Path,  # of a run whose stage `evaluation` is done
-    name:str,     # sft, text_only or dpo
+    folder:Path,        # of a run whose stage `evaluation` is done
+    name:str,           # sft, text_only or dpo
+    shipped:dict=None,  # manifest of the model without its base, if the card is for that
 ) -> str:
     "The card of a model of the run, front matter and text. Raises `StethoError` if the run is not evaluated yet."
     folder = Path(folder)
@@ -163,9 +176,9 @@ def model_card(
     metrics, note, table = read_json(folder/"metrics.json"), run_note(folder), load_recordings(folder)
     profile, stages = note["profile"], TRAINED_IN[name]
     trained = table.loc[sorted({i for s in stages for i in read_json(folder/f"trained_on/{s}.json")})]
-    gains = _gain_rows(name, metrics)
+    gains = pd.DataFrame() if shipped else _gain_rows(name, metrics)
     text = _JINJA.from_string(CARD).render(
-        name=name, label=SYSTEMS[name], run=folder.name, note=note, profile=profile, stages=stages, trained=trained,
+        name=name, label=SYSTEMS[name], run=folder.name, shipped=shipped, note=note, profile=profile, stages=stages, trained=trained,
         data=metrics["data"], synthetic=metrics["synthetic"], questions=metrics["questions"],
         base=BASES.get(profile["language_model"], (profile["language_model"], ""))[0],
         minutes=sum(note["stages"][s]["seconds"] for s in stages if s in note["stages"])/60,

@@ -105,7 +105,7 @@ WRONG = {
     "no run to answer for": ("answer Qwen/Qwen2-Audio-7B-Instruct --run nowhere", "nowhere"),
     "no run to evaluate": ("evaluate --run nowhere", "nowhere"),
     "no run to publish": ("publish --run nowhere", "nowhere"),
-    "no trained model": ("ask clip.wav what?", "no trained model"),
+    "no clip there": ("ask clip.wav what? --model nowhere", "no audio file at clip.wav"),
     "no clip": ("ask what?", "one or two audio files"),
     "three clips": ("ask a.wav b.wav c.wav what?", "not 3"),
     "organ": ("ask a.wav what? --organ liver", "--organ is heart or lung, not 'liver'"),
@@ -295,13 +295,17 @@ def test_ask_puts_the_organ_into_a_question_that_leaves_it_open(tmp_path, monkey
 @pytest.mark.report("`make smoke` after a real run")
 def test_the_newest_run_of_the_largest_profile_answers_and_smoke_only_when_named(tmp_path, monkeypatch):
     monkeypatch.setenv("STETHOLM_RUNS", str(tmp_path))
+    monkeypatch.setattr("stetholm.cli.main.package_folder", lambda: tmp_path/"checkout/stetholm")
     def trained(run, kind, profile, at):
         (tmp_path/run/kind).mkdir(parents=True)
         (tmp_path/run/kind/"config.json").write_text("{}")
         os.utime(tmp_path/run/kind/"config.json", (at, at))
         (tmp_path/run/"run.json").write_text(json.dumps({"stages": {}, "profile": {"name": profile}}))
     trained("try", "dpo", "smoke", 900)
-    with pytest.raises(StethoError, match="no trained model in .*profile smoke are random, and answer only when named.*--model"): newest_model()
+    with pytest.raises(StethoError, match="no trained model in .*profile smoke are random, and answer only when named.*none in .*data/models.*--model"): newest_model()
+    (tmp_path/"checkout/data/models/mini").mkdir(parents=True)
+    (tmp_path/"checkout/data/models/mini/config.json").write_text("{}")
+    assert newest_model() == tmp_path/"checkout/data/models/mini"
     trained("a", "sft", "mini", 500)
     trained("b", "dpo", "mini", 400)
     assert newest_model() == tmp_path/"a/sft"
