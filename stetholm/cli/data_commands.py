@@ -68,7 +68,7 @@ def data_pack(
 
 @data.command("weights")
 def data_weights(
-    copy: Annotated[Optional[str], typer.Option("--from", metavar="FILE", help="a copy of the file that is on this machine already")] = None,
+    copy: Annotated[Optional[str], typer.Option("--from", metavar="FILE", help="a copy that is on this machine already")] = None,
 ):
     "Get AudioSet's weights, which a mobilenet starts from: downloaded once to the cache and checked"
     from stetholm.data.fetch import fetch_weights
