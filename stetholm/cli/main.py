@@ -145,8 +145,11 @@ def reproduce(
 
 # %% ../../nbs/cli/02_main.ipynb #machine
 def _check_machine(run, due, accept_licences):
-    "Raises `StethoError` if the stages that are due cannot write, have no language model, or miss weights whose terms are not accepted"
+    "Raises `StethoError` if stages that are due cannot write, lack language model, audio tokens, or weights whose terms are not accepted"
     p = run.profile
+    if "alignment" in due and p.alignment_projector != "words" and p.alignment_prefix_tokens < 1:
+        raise StethoError(f"projector {p.alignment_projector!r} gives {p.alignment_prefix_tokens} audio tokens, so no recording would be "
+                          "heard: --set alignment_prefix_tokens=4")
     if ("instructions" in due and p.instructions_endpoint) or ("preferences" in due and p.preferences_endpoint):
         writable(cache_folder(), "STETHOLM_CACHE")
     if "alignment" in due and p.wants_audioset:

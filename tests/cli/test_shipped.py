@@ -23,7 +23,7 @@ def test_publish_ships_the_model_of_a_run_and_ask_uses_it_where_nothing_was_trai
     publish("best", **where)
     assert "its base is tiny, and users have smollm2-135m-instruct" in capsys.readouterr().out and not (checkout/"data/models").exists()
 
-    profile = dataclasses.replace(PROFILES["mini"], alignment_projector="mlp")
+    profile = dataclasses.replace(PROFILES["mini"], alignment_projector="mlp", alignment_prefix_tokens=4, alignment_audioset=False)
     torch.manual_seed(0)
     lm = assemble(*load_backbone(SMOLLM2, torch.float32), new_encoder(profile), profile)
     with torch.no_grad(): lm.model.model.language_model.layers[9].mlp.up_proj.weight += .1*torch.randn(1536, 4) @ torch.randn(4, 576)
