@@ -24,7 +24,7 @@ STYLE = sns.axes_style("ticks") | sns.plotting_context("paper") | {
     "font.family": "DejaVu Sans", "figure.titlesize": 11, "legend.frameon": False, "hatch.linewidth": .6, "axes.titlesize": 9.6}
 DISTRIBUTION_LOOKS = {d: dict(label=label, color=colour, marker=marker, ls=ls) for (d, label), colour, marker, ls
                       in zip(DISTRIBUTIONS.items(), PALETTE, "os", ("-", "--"))}
-LOOKS = list(zip([PALETTE[i] for i in (0, 3, 2, 7, 4, 5, 1, 8, 6, 9)]*2, "oD^vPsX*<>dpHh8", ("-", "--", "-.", ":")*4,
+LOOKS = list(zip([PALETTE[i] for i in (0, 3, 2, 7, 4, 5, 1, 8, 6, 9)]*2, [*"oD^vPsX*<>dpHh8", (4, 1, 45)], ("-", "--", "-.", ":")*4,
                  ("", "///", "...", "xxx")*4))  # colour, marker, line and hatch
 
 def looks(

@@ -23,7 +23,7 @@ from ..score.measures import BERTSCORE
 from ..score.probing import PROBES
 from ..score.scores import (
     COMPARED, COMPARISONS, CONTROLS, LOWER_IS_BETTER, MEAN_OF_SOURCES, MEAN_OF_TASKS, MEAN_OVER_LABELS, SYSTEMS)
-from ..score.taught import ENCODER, FLIP_RATE
+from ..score.taught import FLIP_RATE
 
 # %% ../../nbs/report/00_tables.ipynb #6b6945b9
 SYSTEM_NAMES = {m: (SYSTEMS | CONTROLS)[m] for m in (  # in the order of columns
@@ -270,7 +270,7 @@ def taught_table(
     scored = taught[taught.left_out == ""]
     table = _with_text(scored).pivot(index=index, columns="model", values="text").reindex(scored[index].drop_duplicates())
     probes = [p for p in PROBES if p not in PROBE_CONTROLS]
-    return _columns(_readable(table.reset_index().rename_axis(columns=None)), *index, systems=[*SYSTEM_NAMES, ENCODER, *probes]).fillna("")
+    return _columns(_readable(table.reset_index().rename_axis(columns=None)), *index, systems=[*SYSTEM_NAMES, *probes]).fillna("")
 
 # %% ../../nbs/report/00_tables.ipynb #by-metric
 def metric_table(
