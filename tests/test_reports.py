@@ -100,11 +100,11 @@ def test_two_visits_that_disagree_are_not_compared(reports, stetholm, outcome):
 @pytest.mark.report("`synthesize` on `HLS-CMDS`")
 def test_no_phase_is_asked_where_none_is_known(reports, stetholm, outcome):
     stetholm("data", "scan", "hlscmds", reports/"HLS-CMDS")
-    made = stetholm("synthesize", "recordings.parquet")
+    made = stetholm("synthesize", "recordings.parquet", "--per-task", "6")  # a round asks for the phase or for a finding
     pairs = pd.read_parquet(next(stetholm.cwd.glob("*stethobench*.parquet")))
     phases = pairs[pairs.pair_id.str.contains("M0008.*:phase:")].response.tolist()
     outcome(made.stdout.splitlines()[0], "; phase of M0008:", *phases)
-    assert made.returncode == 0 and len(pairs) > 40 and len(phases) == 1 and "early systolic" in phases[0] and "rub" not in phases[0]
+    assert made.returncode == 0 and len(pairs) > 40 and phases and all("early systolic" in p and "rub" not in p for p in phases)
 
 
 # audio

@@ -13,6 +13,7 @@ import soundfile
 
 from stetholm.cli.main import ask, newest_model
 from stetholm.core.config import AUDIOSET, STAGES, StethoError
+from stetholm.model.processor import StethoLMProcessor
 from stetholm.phantom.patients import make_phantom
 from stetholm.score.scores import KEY, LOWER_IS_BETTER, MEAN_OF_SOURCES
 from stetholm.data.sources import SOURCES
@@ -221,7 +222,7 @@ def test_score_repeats_the_scores_of_the_run(stetholm, smoke_run):
 
 def test_score_gives_full_marks_to_the_references(stetholm, smoke_run):
     rows = pd.read_json(smoke_run.folder/"predictions.jsonl", lines=True)
-    rows[rows.model == "dpo"].assign(generated=rows.response).to_json(stetholm.cwd/"right.jsonl", orient="records", lines=True)
+    rows[rows.model == "dpo"].drop(columns="p_abnormal").assign(generated=rows.response).to_json(stetholm.cwd/"right.jsonl", orient="records", lines=True)
     done = stetholm("score", "right.jsonl", "-o", "scores.csv")
     assert done.returncode == 0, done.stderr
     scores = pd.read_csv(stetholm.cwd/"scores.csv")
@@ -264,8 +265,8 @@ def test_ask_about_one_clip_prints_answer_probability_and_run(clips, smoke_run):
     assert len(question) > 255, "no file has so long a name"
     done = clips("ask", STEREO, question, "--model", smoke_run.folder/"dpo")
     assert done.returncode == 0 and done.stderr == ""
-    *answer, probability, origin = done.stdout.splitlines()
-    assert "".join(answer).strip() and probability.endswith(STEREO)
+    *answer, probability, organ, origin = done.stdout.splitlines()
+    assert "".join(answer).strip() and probability.endswith(STEREO) and organ.startswith("taken for ") and organ.endswith("--organ")
     assert probability.startswith("P(abnormal) ") and 0 <= float(probability.split()[1]) <= 1
     assert "dpo of run smoke-phantom (profile smoke, trained on phantom)" in origin and "not for clinical use" in origin
 
@@ -280,16 +281,19 @@ def test_ask_about_two_clips_takes_the_newest_model_and_gives_a_probability_for_
     assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("P(abnormal) ")] == [STEREO, LONG]
 
 
-def test_ask_puts_the_organ_into_a_question_that_leaves_it_open(tmp_path, monkeypatch):
-    asked = []
-    class Model:
-        def ask(self, clips, question):
-            asked.append(question)
-            return {"text": "Normal.", "task": "classification", "p_abnormal": [.1]*len(clips)}
-    monkeypatch.setattr("stetholm.model.lm.StethoLM.from_pretrained", lambda folder: Model())
+def test_ask_puts_the_organ_into_a_question_that_leaves_it_open(tmp_path, smoke_run, monkeypatch, capsys):
+    asked, prompt_ids = [], StethoLMProcessor.prompt_ids
+    def recorded(processor, question, windows=(1,)):
+        asked.append(question)
+        return prompt_ids(processor, question, windows)
+    monkeypatch.setattr(StethoLMProcessor, "prompt_ids", recorded)
     soundfile.write(tmp_path/STEREO, .1*np.random.default_rng(0).standard_normal(8_000), 8_000)
-    for question, organ in (("Normal?", "heart"), ("Normal?", "lung"), ("Normal?", None), ("Is this lung sound normal?", "lung")): ask([str(tmp_path/STEREO), question], str(tmp_path), organ)
-    assert asked == ["Heart sounds. Normal?", "Lung sounds. Normal?", "Normal?", "Is this lung sound normal?"]
+    for question, organ, leads in (("Normal?", "heart", ["Heart sounds. "]), ("Normal?", "lung", ["Lung sounds. "]),
+                                   ("Normal?", None, ["Heart sounds. ", "Lung sounds. "]), ("Is this lung sound normal?", "lung", [""])):
+        asked.clear()
+        ask([str(tmp_path/STEREO), question], str(smoke_run.folder/"dpo"), organ)
+        assert asked[0] in [lead + question for lead in leads]
+        assert ("taken for" in capsys.readouterr().out) == (organ is None)
 
 
 @pytest.mark.report("`make smoke` after a real run")

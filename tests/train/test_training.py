@@ -160,7 +160,7 @@ def test_in_bfloat16_encoder_and_projector_work_in_float32(tmp_path):
     lm, pairs = build()
     for part in (lm.model.model.language_model, lm.model.lm_head): part.to(torch.bfloat16)
     seen = {}
-    for name, part in (("convolution", lm.model.model.audio_encoder.net.encoder.top_conv), ("projector", lm.model.model.projector), ("layer", lm.model.model.language_model.layers[0].mlp)):
+    for name, part in (("convolution", next(m for m in lm.model.model.audio_encoder.modules() if isinstance(m, torch.nn.Conv2d))), ("projector", lm.model.model.projector), ("layer", lm.model.model.language_model.layers[0].mlp)):
         part.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, set()).add(out.dtype))
     rows = training_rows(pairs, lm.processor, Noises(), 200)
     _, log = train_sft(lm, rows, rows, Noises(), replace(P, dtype="bfloat16"), tmp_path, 6, 1e-2, 8, peft_config=lora(P, ["projector"]))
@@ -216,7 +216,7 @@ def test_fault_05_a_model_is_loaded_whole_or_not_at_all(tmp_path, change):
 
 
 def test_fault_05_an_encoder_that_was_not_trained_says_so(capsys):
-    table = pd.DataFrame(dict(recording_id=["0", "1"], split="train", binary="normal", findings=[[], []]))
+    table = pd.DataFrame(dict(recording_id=["0", "1"], split="train", domain=["heart", "lung"], binary="normal", findings=[[], []]))
     pretrain(new_encoder(P), Noises(), table, replace(P, alignment_objective="random"))
     assert "UNTRAINED" in capsys.readouterr().out
 
