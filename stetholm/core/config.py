@@ -190,9 +190,9 @@ class Weights(NamedTuple):
     url:str       # of their file, at its publisher
     bytes:int     # size of the file
     sha256:str    # of the file
-    licence:str
-    citation:str
-    homepage:str
+    licence:str   # and where it is
+    citation:str  # of what they were published in
+    homepage:str  # of the project
 
     @property
     def file(self) -> str:

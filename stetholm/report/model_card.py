@@ -116,7 +116,10 @@ lm.ask("clip.wav", "Is this heart sound normal or abnormal?")
 {{ base or "A tiny random language model" }} with LoRA of rank {{ profile.sft_lora_rank }} merged into it; an encoder
 ({{ "opera" if profile.alignment_checkpoint else profile.alignment_network }}) of log-mel windows ({{ "%g" | format(profile.window_s) }} s,
 {{ profile.sample_rate }} Hz, at most {{ profile.max_windows }} of them, spread over the recording); a projector to
-{{ profile.alignment_prefix_tokens }} audio tokens.
+{% if profile.alignment_projector == "words" %}one audio token per label that the encoder hears
+{%- if profile.alignment_prefix_tokens %} and {% endif %}{% endif %}
+{%- if profile.alignment_prefix_tokens %}{{ profile.alignment_prefix_tokens }} audio tokens
+{%- if profile.alignment_projector == "attention" %} per window{% endif %}{% endif %}.
 {% for w in note.weights %}
 
 The encoder started from {{ w.title }}, SHA-256 `{{ w.sha256 }}`, {{ w.url }}. Licence: {{ w.licence }}. Cite: {{ w.citation }}.

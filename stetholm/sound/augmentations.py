@@ -87,7 +87,7 @@ def mix_styles(
     share:float,                # of the windows that are changed
     generator:torch.Generator,  # random numbers
 ) -> torch.Tensor:
-    "A share of the windows with mean and deviation of each band mixed with those of the window before"
+    "A share of the windows with mean and deviation of each band mixed with those of the window before (Kim et al. 2022, arXiv 2206.12513)"
     seed = int(torch.randint(2**31, (), generator=generator))
     weight = torch.from_numpy(np.random.default_rng(seed).beta(STYLE_BETA, STYLE_BETA, (len(mel), 1, 1))).to(mel)
     changed = (torch.rand(len(mel), 1, 1, generator=generator) < share).to(mel.device)
